@@ -1,0 +1,1 @@
+"""mxcompile: a mixed-precision compiler for edge devices."""

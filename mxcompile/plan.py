@@ -1,0 +1,156 @@
+"""The precision plan: which format every row tile of every weight gets.
+
+A plan is a value with a JSON text form. It knows names, shapes and formats, no numbers of the
+model: scales and codes are found later, from the weights themselves.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, Self
+
+from mxcompile.errors import PlanError
+from mxcompile.formats import FORMATS, Format, groups
+
+ROW_TILE: Final = 16
+"""Rows (output channels) of a tile: the 32-bit lanes of a 512-bit vector."""
+
+_RUN = re.compile(r"(?P<format>\w+)(\*(?P<count>[1-9]\d*))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A weight that is planned as one: an initializer seen as a matrix of output rows.
+
+    A matmul weight has one row an output feature, an embedding one a token, a convolution one an
+    output channel with its ``in/group * kh * kw`` taps as columns.
+    """
+
+    name: str
+    rows: int
+    columns: int
+
+    @property
+    def tiles(self) -> int:
+        """The number of row tiles; the last may be padded."""
+        return -(-self.rows // ROW_TILE)
+
+    @property
+    def parameters(self) -> int:
+        """The number of weights, padding not counted."""
+        return self.rows * self.columns
+
+
+def tile_bytes(columns: int, fmt: Format) -> int:
+    """The bytes that one row tile takes when packed: codes, scales, zero-points and row scales.
+
+    The part after the codes is padded to 64 bytes so that codes stay aligned to vectors.
+    """
+    count = groups(columns)
+    codes = count * 64 * fmt.bits
+    scales = count * ROW_TILE + count * ROW_TILE // 2 + 2 * ROW_TILE
+    return codes + -(-scales // 64) * 64
+
+
+@dataclass(frozen=True, slots=True)
+class TileFormats:
+    """The formats of a unit's row tiles, in row order; text form ``int4*12,int3*28,int8``."""
+
+    formats: tuple[Format, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the text form.
+
+        Raises:
+            PlanError: a run is malformed or names no format.
+        """
+        formats: list[Format] = []
+        for run in text.split(","):
+            match = _RUN.fullmatch(run)
+            if match is None or match["format"] not in FORMATS:
+                raise PlanError(f"'{run}' is not FORMAT or FORMAT*COUNT; formats: {', '.join(FORMATS)}")
+            formats += [FORMATS[match["format"]]] * int(match["count"] or 1)
+        return cls(tuple(formats))
+
+    def __str__(self) -> str:
+        runs = ((name, len(list(run))) for name, run in itertools.groupby(map(str, self.formats)))
+        return ",".join(name if count == 1 else f"{name}*{count}" for name, count in runs)
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionPlan:
+    """A format for every row tile of every unit, keyed by the unit's name.
+
+    Raises:
+        PlanError: a unit has another number of tiles than its rows need.
+    """
+
+    units: tuple[Unit, ...]
+    tiles: Mapping[str, TileFormats]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tiles", MappingProxyType(dict(self.tiles)))
+        if (named := {u.name for u in self.units}) != self.tiles.keys():
+            raise PlanError(f"formats and units disagree on {sorted(named ^ self.tiles.keys())}")
+        for unit in self.units:
+            if (found := len(self.tiles[unit.name].formats)) != unit.tiles:
+                raise PlanError(f"{unit.name} has {unit.tiles} row tiles, the plan has {found}")
+
+    @classmethod
+    def uniform(cls, units: tuple[Unit, ...], fmt: Format) -> Self:
+        """The plan that gives every tile one format."""
+        return cls(units, {u.name: TileFormats((fmt,) * u.tiles) for u in units})
+
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of all packed tiles."""
+        return sum(
+            count * tile_bytes(unit.columns, fmt)
+            for unit in self.units
+            for fmt, count in Counter(self.tiles[unit.name].formats).items()
+        )
+
+    def parameters_by_format(self) -> dict[str, int]:
+        """How many weights each format holds, widest format last."""
+        total: Counter[Format] = Counter()
+        for unit in self.units:
+            for index, fmt in enumerate(self.tiles[unit.name].formats):
+                total[fmt] += min(ROW_TILE, unit.rows - index * ROW_TILE) * unit.columns
+        return {f.name: total[f] for f in sorted(total, key=lambda f: f.bits)}
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data; ``from_json`` reads it back."""
+        return {
+            "version": 1,
+            "row_tile": ROW_TILE,
+            "units": [
+                {"name": u.name, "rows": u.rows, "columns": u.columns, "tiles": str(self.tiles[u.name])}
+                for u in self.units
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            PlanError: the data is not a plan of this version.
+        """
+        try:
+            if (data["version"], data["row_tile"]) != (1, ROW_TILE):
+                raise PlanError("the plan was written by another version")
+            units = tuple(Unit(u["name"], int(u["rows"]), int(u["columns"])) for u in data["units"])
+            return cls(units, {u["name"]: TileFormats.parse(u["tiles"]) for u in data["units"]})
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"not a precision plan: {error!r}") from error
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the plan's canonical text."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Passes over the ONNX half, one a file."""
