@@ -67,9 +67,13 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
     location = Path(tensor.location)
     data = (folder / location).resolve()
     if location.is_absolute() or not data.is_relative_to(folder):
-        raise UsageError(f"{path}: tensor {tensor.name} points outside the model's folder: {location}")
+        raise UsageError(
+            f"{path}: tensor {tensor.name} points outside the model's folder: {location}"
+        )
     if not data.is_file():
-        raise UsageError(f"{path}: tensor {tensor.name} needs the file {location}, which is missing")
+        raise UsageError(
+            f"{path}: tensor {tensor.name} needs the file {location}, which is missing"
+        )
     needed = (tensor.offset or 0) + tensor.nbytes
     if (tensor.offset or 0) < 0 or tensor.length not in (None, tensor.nbytes):
         raise UsageError(f"{path}: tensor {tensor.name} has an impossible place in {location}")
@@ -113,7 +117,9 @@ def name(value: ir.Value) -> str:
 
 def describe(node: ir.Node) -> str:
     """How errors speak of a node: its name, operator and domain."""
-    return f"node '{node.name or name(node.outputs[0])}' ({node.domain or 'ai.onnx'}::{node.op_type})"
+    return (
+        f"node '{node.name or name(node.outputs[0])}' ({node.domain or 'ai.onnx'}::{node.op_type})"
+    )
 
 
 def values(model: ir.Model) -> Iterator[ir.Value]:
@@ -140,12 +146,16 @@ def is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and not value.is_graph_input()
 
 
-def constant(model: ir.Model, base: str, data: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+def constant(
+    model: ir.Model, base: str, data: np.ndarray, dtype: ir.DataType | None = None
+) -> ir.Value:
     """Register an initializer named ``base``, or ``base.1`` and so on where that is taken."""
     taken = model.graph.initializers
     fresh = next(n for n in _names(base) if n not in taken)
     tensor = ir.Tensor(data, dtype=dtype, name=fresh)
-    value = ir.Value(name=fresh, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    value = ir.Value(
+        name=fresh, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+    )
     model.graph.register_initializer(value)
     return value
 
@@ -295,7 +305,9 @@ def uses(model: ir.Model) -> dict[str, list[Use]]:
     for node in model.graph:
         if (hit := weight_of(node)) is not None:
             found.setdefault(hit[0], []).append(Use(node, hit[1]))
-    return {name(v): u for v, u in found.items() if len(u) == len(v.uses()) and not v.is_graph_output()}
+    return {
+        name(v): u for v, u in found.items() if len(u) == len(v.uses()) and not v.is_graph_output()
+    }
 
 
 def units(model: ir.Model) -> tuple[Unit, ...]:
@@ -335,7 +347,11 @@ def to_text(model: ir.Model) -> str:
     lines += [f"  weight {typed(v)}" for v in model.graph.initializers.values()]
     for node in model.graph:
         operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-        attributes = ", ".join(f"{a.name}={a.value}" for a in node.attributes.values() if a.type != ir.AttributeType.TENSOR)
+        attributes = ", ".join(
+            f"{a.name}={a.value}"
+            for a in node.attributes.values()
+            if a.type != ir.AttributeType.TENSOR
+        )
         arguments = ", ".join(map(show, node.inputs))
         options = f"<{attributes}>" if attributes else ""
         lines.append(f"  {', '.join(map(typed, node.outputs))} = {operator}{options}({arguments})")
@@ -349,7 +365,10 @@ def select(nodes: Iterable[ir.Node], op_type: str, domain: str = "") -> list[ir.
 
 
 def ancestors(value: ir.Value, stop: Callable[[ir.Value], bool]) -> list[ir.Node]:
-    """The nodes that compute ``value``, in topological order, up to values where ``stop`` holds."""
+    """The nodes that compute ``value``, up to values where ``stop`` holds.
+
+    Topological order; what computes an input comes before what computes the next one.
+    """
     order: list[ir.Node] = []
     seen: set[ir.Node] = set()
     stack: list[tuple[ir.Value, bool]] = [(value, False)]
@@ -363,5 +382,5 @@ def ancestors(value: ir.Value, stop: Callable[[ir.Value], bool]) -> list[ir.Node
         elif node not in seen:
             seen.add(node)
             stack.append((current, True))
-            stack.extend((v, False) for v in node.inputs if v is not None)
+            stack.extend((v, False) for v in reversed(node.inputs) if v is not None)
     return order

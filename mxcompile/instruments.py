@@ -1,7 +1,7 @@
 """Instruments that watch a pipeline: dump the model, check it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +20,7 @@ class Dump(Instrument):
     """
 
     folder: Path
-    count: int = field(default=0, init=False)
+    count: int = 0
 
     def after(self, pass_name: str, model: ir.Model, changed: bool) -> None:
         """Write the model; passes that changed nothing leave no file."""

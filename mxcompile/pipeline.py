@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import ClassVar, Final, Literal, Self
 
+import numpy as np
 import onnx_ir as ir
 
-from mxcompile import graph
 from mxcompile.errors import MxError, PassError
 from mxcompile.plan import PrecisionPlan
 from mxcompile.target import Target
@@ -21,12 +21,14 @@ KV_DTYPES: Final = {"fp16": "float16", "fp32": "float32"}
 class Context:
     """What every pass may read and none may change.
 
-    ``plan`` is None before the solve. ``activations`` is the format of the inputs of planned matrix
-    products, ``kv_dtype`` that of the key and value caches.
+    ``plan`` is None before the solve. ``importance`` holds E[x_k^2] of the input column k of each
+    unit, which weights the quantizers' searches. ``activations`` is the format of the inputs of
+    planned matrix products, ``kv_dtype`` that of the key and value caches.
     """
 
     target: Target
     plan: PrecisionPlan | None = None
+    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     activations: Literal["int8", "fp32"] = "int8"
     kv_dtype: Literal["fp16", "fp32"] = "fp16"
 
@@ -72,7 +74,9 @@ class Pipeline:
     def __str__(self) -> str:
         return ",".join(p.name for p in self.passes)
 
-    def run(self, model: ir.Model, ctx: Context, instruments: Sequence[Instrument] = ()) -> ir.Model:
+    def run(
+        self, model: ir.Model, ctx: Context, instruments: Sequence[Instrument] = ()
+    ) -> ir.Model:
         """Run every pass on a copy of ``model``, so that the caller's model is never touched.
 
         Weights are shared with the copy, not copied.
@@ -94,5 +98,3 @@ class Pipeline:
             for watcher in instruments:
                 watcher.after(step.name, model, changed)
         return model
-
-

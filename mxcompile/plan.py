@@ -74,7 +74,9 @@ class TileFormats:
         for run in text.split(","):
             match = _RUN.fullmatch(run)
             if match is None or match["format"] not in FORMATS:
-                raise PlanError(f"'{run}' is not FORMAT or FORMAT*COUNT; formats: {', '.join(FORMATS)}")
+                raise PlanError(
+                    f"'{run}' is not FORMAT or FORMAT*COUNT; formats: {', '.join(FORMATS)}"
+                )
             formats += [FORMATS[match["format"]]] * int(match["count"] or 1)
         return cls(tuple(formats))
 
@@ -130,7 +132,12 @@ class PrecisionPlan:
             "version": 1,
             "row_tile": ROW_TILE,
             "units": [
-                {"name": u.name, "rows": u.rows, "columns": u.columns, "tiles": str(self.tiles[u.name])}
+                {
+                    "name": u.name,
+                    "rows": u.rows,
+                    "columns": u.columns,
+                    "tiles": str(self.tiles[u.name]),
+                }
                 for u in self.units
             ],
         }

@@ -1,1 +1,23 @@
-"""Passes over the ONNX half, one a file."""
+"""Passes over the ONNX half, one a file: their registry, and the pipelines as text."""
+
+from typing import Final
+
+REGISTRY: Final = {
+    "canonicalize": "mxcompile.passes.canonicalize:Canonicalize",
+    "flatten-attention": "mxcompile.passes.flatten_attention:FlattenAttention",
+    "annotate": "mxcompile.passes.annotate:Annotate",
+    "quantize-weights": "mxcompile.passes.quantize_weights:QuantizeWeights",
+    "quantize-activations": "mxcompile.passes.quantize_activations:QuantizeActivations",
+    "fuse-qdq": "mxcompile.passes.fuse_qdq:FuseQdq",
+    "kv-cache": "mxcompile.passes.kv_cache:KvCache",
+    "select-logits": "mxcompile.passes.select_logits:SelectLogits",
+}
+
+FRONT: Final = "canonicalize,flatten-attention"
+"""Before calibration: the float model in the forms that later passes and the planner know."""
+
+QUANTIZE: Final = "annotate,quantize-weights,quantize-activations"
+"""The plan becomes standard Quantize/DequantizeLinear nodes; the result is what is emitted."""
+
+FUSE: Final = "fuse-qdq,kv-cache,select-logits"
+"""What the lowering takes: fused mixed-bit operators, caches updated in place."""

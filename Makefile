@@ -1,0 +1,39 @@
+# make demo: compile the bundled model for this machine and generate text with it.
+# make test: format, lint, types, layers, tests. Both set up a virtual environment first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+DEMO := build/demo
+PROMPT ?= The first thing to know about
+
+.PHONY: setup demo test clean
+
+setup: $(READY)
+
+$(READY): constraints.txt pyproject.toml
+	@echo "== setting up $(VENV): a few minutes, about 2 GB"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[export,test]'
+	touch $@
+
+demo: $(READY)
+	@echo "== exporting the bundled model to ONNX"
+	$(BIN)/mxcompile export models/tinylm -o $(DEMO)/tinylm.onnx
+	@echo "== compiling it for this machine at 4.2 bits a weight"
+	$(BIN)/mxcompile $(DEMO)/tinylm.onnx --target x86 --budget 4.2bit -o $(DEMO)/tinylm.mxc --force
+	@echo "== generating text"
+	$(BIN)/mxcompile run $(DEMO)/tinylm.mxc --prompt "$(PROMPT)"
+
+test: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q
+
+clean:
+	rm -rf build $(VENV)

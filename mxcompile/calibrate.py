@@ -1,0 +1,698 @@
+"""What calibration text says about a float model: input statistics, and how much harm counts.
+
+The damage of rounding errors ``dW`` in a weight is taken as ``sum_o f_o dW_o M dW_o^T`` over its
+rows and its uses. ``M`` is the second moment of what the weight meets: ``H = E[x x^T]`` for a
+matrix or a convolution, the identity for an embedding. ``f_o`` converts it to nats of KL divergence
+at the output (for models without logits: to the relative squared error there):
+
+- Layers: one factor each, measured by perturbing the layer and comparing outputs. That damages
+  add up over layers, and that such a factor serves every format, is the linearity theorem of HIGGS
+  (arXiv 2411.17525).
+- Rows of the head: half of ``E[p_o (1 - p_o)]``, the second-order expansion of the divergence.
+- Rows of an embedding: one measured factor, times how often the row is read.
+
+Rows that the text hardly meets look free and are not (notes/row-tiles.md), so both kinds of rows
+are shrunk towards their mean.
+"""
+
+# ruff: noqa: RUF001 -- the text below is in many alphabets
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mxcompile import graph
+from mxcompile.errors import UnsupportedError, UsageError
+from mxcompile.formats import FORMATS
+from mxcompile.graph import Use, UseKind
+from mxcompile.interpret import Interpreter, Values, padded, windows
+from mxcompile.progress import Progress
+from mxcompile.quantize import dequantize, quantize
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Feed: TypeAlias = Mapping[str, Tensor]
+"""One sample: a value for each input of the graph."""
+
+Factors: TypeAlias = dict[str, tuple[Array, ...]]
+"""By unit, what an error costs in each of its uses: float32 [rows], or [] where rows are alike."""
+
+SEQUENCES: Final = 16
+LENGTH: Final = 256
+PROBE_SEQUENCES: Final = 4
+PROBE_LENGTH: Final = 128
+"""Texts in tokens: for the second moments, and for the many runs that measure factors."""
+
+FULL_COLUMNS: Final = 2048
+"""Up to how many columns H is kept whole; wider inputs keep its diagonal."""
+
+SHRINK: Final = 0.2
+"""The share of a vocabulary row's weight that it gets from the mean of all rows."""
+
+PATCHES: Final = 1 << 13
+"""The most patches of a sample that a convolution's second moment is taken over."""
+
+LOGIT_ROWS: Final = 128
+"""Positions whose logits are computed together: 128 rows of 262,144 are 134 MB."""
+
+SPAN: Final = 12
+"""Characters that are read for each token wanted; source code has many a token of spaces."""
+
+VERSION: Final = 1
+"""Changes whenever other statistics come out of the same model and samples."""
+
+LOGITS: Final = "logits"
+PERTURBATION: Final = FORMATS["int3"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UseStatistics:
+    """What one use of a unit meets.
+
+    Attributes:
+        kind: How the weight is read.
+        source: The name of the value that it is multiplied with, or of the embedding's indices.
+        moment: ``E[x x^T]`` [columns, columns] or its diagonal [columns], float32.
+        rows: float32 [rows]: how often an embedding's row is read, a token; for a head
+            ``E[p (1 - p)]`` of the row's logit; else None.
+    """
+
+    kind: UseKind
+    source: str
+    moment: Array
+    rows: Array | None = None
+
+    def errors(self, delta: Tensor) -> Tensor:
+        """``dW_o M dW_o^T`` of some rows of errors, [rows]."""
+        moment = torch.from_numpy(self.moment)
+        met = delta @ moment if moment.dim() == 2 else delta * moment
+        return (met * delta).sum(1)
+
+    @property
+    def diagonal(self) -> Array:
+        """``E[x_k**2]`` of the columns."""
+        return self.moment if self.moment.ndim == 1 else np.diagonal(self.moment)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Statistics:
+    """All that pricing needs to know of a model's inner life.
+
+    Attributes:
+        samples: How many tokens or samples were seen.
+        uses: By unit, what each of its uses meets, in the order of the graph.
+        factors: By unit, one for each use: damage per unit of error, float32 [rows] or [].
+    """
+
+    samples: int
+    uses: Mapping[str, tuple[UseStatistics, ...]]
+    factors: Mapping[str, tuple[Array, ...]]
+
+    def damage(self, unit: str, delta: Tensor, start: int = 0) -> Tensor:
+        """The damage of errors in the rows of a unit from ``start`` on, [rows]."""
+        total = torch.zeros(len(delta))
+        for use, factor in zip(self.uses[unit], self.factors[unit], strict=True):
+            weights = factor[start : start + len(delta)] if factor.ndim else factor
+            total = total + torch.from_numpy(np.asarray(weights)) * use.errors(delta)
+        return total
+
+    def importance(self, unit: str) -> Array:
+        """How much an error in each column of a unit counts, for the quantizers; float32."""
+        parts = zip(self.uses[unit], self.factors[unit], strict=True)
+        total = sum(use.diagonal * factor.mean() for use, factor in parts)
+        return np.asarray(total, np.float32)
+
+
+# Collecting
+
+
+def collect(
+    model: ir.Model,
+    uses: Mapping[str, Sequence[Use]],
+    feeds: Sequence[Feed],
+    probe_feeds: Sequence[Feed],
+    *,
+    sensitivity: "Sensitivity | None" = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Run a float model over samples and gather all that pricing needs.
+
+    Args:
+        model: A canonical model.
+        uses: The plannable weights and where they are read, as ``graph.uses`` finds them.
+        feeds: The samples for second moments and vocabulary rows.
+        probe_feeds: The samples, fewer, on which factors are measured.
+        sensitivity: How factors are found; None is ``ForwardProbe()``.
+        progress: Is told of the stages.
+    """
+    progress = progress or Progress()
+    with torch.inference_mode():
+        watched = FloatModel(model, uses)
+        found = _observe(watched, feeds, progress)
+        factors = (sensitivity or ForwardProbe()).factors(watched, found, probe_feeds, progress)
+    return replace(found, factors=factors)
+
+
+class FloatModel:
+    """The model under calibration: its interpreter, its weights, and its head if it has one."""
+
+    def __init__(self, model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> None:
+        self.interpreter = Interpreter(model)
+        self.uses = uses
+        self.model = model
+        self.outputs = [graph.name(v) for v in model.graph.outputs if not _is_cache(v)]
+        self.head = _find_head(model, uses)
+
+    @property
+    def hidden(self) -> str | None:
+        """The name of the value that the head multiplies."""
+        return None if self.head is None else _source(self.head)
+
+    @property
+    def fetched(self) -> list[str]:
+        """What a run must compute: logits are left to ``logits``, for some positions at a time."""
+        return [self.hidden] if self.hidden is not None else self.outputs
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits [positions, vocabulary] of hidden states [positions, columns]."""
+        assert self.hidden is not None
+        known = {self.hidden: hidden.unsqueeze(0)}
+        return self.interpreter.run({}, overrides=known, fetch=[LOGITS])[LOGITS][0]
+
+
+def _is_cache(value: ir.Value) -> bool:
+    return graph.name(value).startswith(("present", "past"))
+
+
+def _source(use: Use) -> str:
+    """The name of the value that a use multiplies its weight with, or of the indices it reads."""
+    value = use.node.inputs[1 if use.kind == "embedding" else 0]
+    assert value is not None
+    return graph.name(value)
+
+
+def _find_head(model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> Use | None:
+    """The linear layer behind the logits, with nothing after it but position-wise operators."""
+    linear = {u.node: u for found in uses.values() for u in found if u.kind == "linear"}
+    value = next((v for v in model.graph.outputs if v.name == LOGITS), None)
+    while value is not None and (node := value.producer()) is not None:
+        if node in linear:
+            return linear[node] if len(value.shape or ()) == 3 else None
+        inputs = [v for v in node.inputs if v is not None and v.producer() is not None]
+        if node.op_type not in _POINTWISE or len(inputs) != 1:
+            return None
+        value = inputs[0]
+    return None
+
+
+_POINTWISE: Final = ("Add", "Cast", "Div", "Identity", "Mul", "Sub", "Tanh")
+
+
+def _observe(watched: FloatModel, feeds: Sequence[Feed], progress: Progress) -> Statistics:
+    """Gather second moments, and how often and how surely vocabulary rows are met."""
+    by_node = {u.node: u for found in watched.uses.values() for u in found}
+    moments: dict[str, Tensor] = {}
+    rows: dict[ir.Node, Tensor] = {}
+    counts: dict[str, int] = {}
+    fresh: set[str] = set()
+
+    def meet(use: Use, x: Tensor, weight_shape: Sequence[int]) -> None:
+        source = _source(use)
+        if use.kind == "embedding":
+            read = torch.bincount(x.reshape(-1) % weight_shape[0], minlength=weight_shape[0])
+            rows[use.node] = rows.get(use.node, 0) + read
+        if source not in fresh:  # layers that share an input share its moment
+            fresh.add(source)
+            flat = _flat(use, x)
+            counts[source] = counts.get(source, 0) + len(flat)
+            if use.kind != "embedding":
+                moment = flat.T @ flat if flat.shape[1] <= FULL_COLUMNS else flat.square().sum(0)
+                moments[source] = moments.get(source, 0) + moment
+
+    def tap(node: ir.Node, inputs: Sequence[Tensor | None]) -> None:
+        if (use := by_node.get(node)) is not None:
+            x, weight = inputs[:2] if use.kind != "embedding" else inputs[1::-1]
+            assert x is not None and weight is not None
+            meet(use, x, weight.shape)
+
+    with progress.stage("calibrate", len(feeds)) as advance:
+        for feed in feeds:
+            fresh.clear()
+            values = watched.interpreter.run(feed, fetch=watched.fetched, tap=tap)
+            if watched.head is not None and watched.hidden is not None:
+                hidden = values[watched.hidden]
+                meet(watched.head, hidden, ())
+                node = watched.head.node
+                rows[node] = rows.get(node, 0) + _uncertainty(watched, hidden.flatten(0, -2))
+            advance()
+    statistics = {
+        unit: tuple(
+            _use_statistics(use, graph.weight(watched.model, unit).shape, moments, rows, counts)
+            for use in found
+        )
+        for unit, found in watched.uses.items()
+    }
+    return Statistics(max(counts.values(), default=0), statistics, {})
+
+
+def _flat(use: Use, x: Tensor) -> Tensor:
+    """What a use multiplies its rows with, one sample a row."""
+    if use.kind != "conv":
+        return x.reshape(-1, x.shape[-1]) if use.kind == "linear" else x.reshape(-1, 1)
+    flat = patches(x, use.node)
+    # Neighbouring patches overlap; an even pick of them says as much.
+    return flat[:: -(-len(flat) // PATCHES)]
+
+
+def _use_statistics(
+    use: Use,
+    shape: tuple[int, ...],
+    moments: Mapping[str, Tensor],
+    rows: Mapping[ir.Node, Tensor],
+    counts: Mapping[str, int],
+) -> UseStatistics:
+    source = _source(use)
+    count = max(counts.get(source, 0), 1)
+    moment = torch.ones(shape[1]) if use.kind == "embedding" else torch.zeros(shape[1])
+    if source in moments:
+        moment = moments[source] / count
+    met = (rows[use.node] / count).float().numpy() if use.node in rows else None
+    return UseStatistics(use.kind, source, moment.numpy(), met)
+
+
+def _uncertainty(watched: FloatModel, hidden: Tensor) -> Tensor:
+    """The sum over positions of ``p (1 - p)`` for every row of the head."""
+    total: Tensor | None = None
+    for part in torch.split(hidden, LOGIT_ROWS):
+        p = watched.logits(part).softmax(-1)
+        met = (p - p.square()).sum(0)
+        total = met if total is None else total + met
+    assert total is not None
+    return total
+
+
+def patches(x: Tensor, node: ir.Node) -> Tensor:
+    """What a convolution multiplies its rows with: [patches, in * taps]."""
+    weight = node.inputs[1]
+    assert weight is not None and weight.shape is not None
+    kernel = weight.shape.numpy()[2:]
+    attributes = node.attributes
+    strides = attributes.get_ints("strides", [1] * len(kernel))
+    dilations = attributes.get_ints("dilations", [1] * len(kernel))
+    auto_pad, pads = attributes.get_string("auto_pad", "NOTSET"), attributes.get_ints("pads")
+    x = padded(x, windows(x, kernel, auto_pad, pads, strides, dilations))
+    for axis, (width, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True)):
+        x = x.unfold(2 + axis, (width - 1) * dilation + 1, stride)[..., ::dilation]
+    rank = len(kernel)
+    # [batch, in, positions..., taps...] to [batch, positions..., in, taps...]
+    x = x.permute(0, *range(2, 2 + rank), 1, *range(2 + rank, 2 + 2 * rank))
+    return x.flatten(1 + rank).flatten(0, rank)
+
+
+# Sensitivity
+
+
+class Sensitivity(Protocol):
+    """A way to find the factors that turn errors into harm at the output."""
+
+    def factors(
+        self, watched: FloatModel, found: Statistics, feeds: Sequence[Feed], progress: Progress
+    ) -> Factors:
+        """The factor of every use of every unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardProbe:
+    """Factors from forward runs with one layer perturbed at a time, after HIGGS.
+
+    Layers that read the same value (queries, keys and values; gate and up) are perturbed together,
+    by the errors that 3-bit quantization makes: strong enough to measure, weak enough to add up.
+
+    Attributes:
+        stride: Of a text's positions every so many is compared.
+    """
+
+    stride: int = 4
+
+    def factors(
+        self, watched: FloatModel, found: Statistics, feeds: Sequence[Feed], progress: Progress
+    ) -> Factors:
+        """Measure each group of layers and each embedding; rows of a head need no run."""
+        probe = _Probe(watched, feeds, self.stride)
+        groups = _groups(watched)
+        embeddings = [
+            (unit, index)
+            for unit, uses in watched.uses.items()
+            for index, use in enumerate(uses)
+            if use.kind == "embedding"
+        ]
+        factors = {
+            unit: [
+                np.float32(0.5) * shrunk(met.rows)
+                if use is watched.head and met.rows is not None
+                else np.zeros((), np.float32)
+                for use, met in zip(uses, found.uses[unit], strict=True)
+            ]
+            for unit, uses in watched.uses.items()
+        }
+        with progress.stage("probe", len(groups) + len(embeddings)) as advance:
+            for units in groups:
+                factor = np.float32(probe.layers(found, units))
+                for unit in units:
+                    for index, use in enumerate(watched.uses[unit]):
+                        if _is_layer(watched, use):
+                            factors[unit][index] = np.asarray(factor)
+                advance()
+            for unit, index in embeddings:
+                read = found.uses[unit][index].rows
+                assert read is not None
+                factors[unit][index] = np.float32(probe.embedding(unit, index)) * shrunk(read)
+                advance()
+        return {unit: tuple(found) for unit, found in factors.items()}
+
+
+def shrunk(rows: Array) -> Array:
+    """Rows' weights, moved towards their mean: what was not met is not free."""
+    result: Array = (1 - SHRINK) * rows + np.float32(SHRINK * rows.mean(dtype=np.float64))
+    return result
+
+
+def _is_layer(watched: FloatModel, use: Use) -> bool:
+    return use.kind != "embedding" and use is not watched.head
+
+
+def _groups(watched: FloatModel) -> list[list[str]]:
+    """Units with layers among their uses, those that read the same value together."""
+    groups: dict[str, list[str]] = {}
+    for unit, uses in watched.uses.items():
+        sources = [_source(use) for use in uses if _is_layer(watched, use)]
+        if sources:
+            groups.setdefault(sources[0], []).append(unit)
+    return list(groups.values())
+
+
+class _Probe:
+    """The float model's runs on the probe samples, kept, and what perturbing them does."""
+
+    def __init__(self, watched: FloatModel, feeds: Sequence[Feed], stride: int) -> None:
+        self.watched = watched
+        self.stride = stride
+        self.kept = [
+            watched.interpreter.run(feed, fetch=watched.fetched, keep=True) for feed in feeds
+        ]
+        self.reference = [self._outputs(values) for values in self.kept]
+        self.likely = [
+            v[LOGITS].softmax(-1) if LOGITS in v else torch.empty(0) for v in self.reference
+        ]
+
+    def layers(self, found: Statistics, units: Sequence[str]) -> float:
+        """Harm per unit of error when some layers are perturbed together."""
+        overrides: Values = {}
+        error = 0.0
+        for unit in units:
+            weight = graph.weight(self.watched.model, unit)
+            diagonal = np.sum([use.diagonal for use in found.uses[unit]], axis=0)
+            rough = _perturbed(weight, diagonal)
+            delta = torch.from_numpy(rough - weight)
+            for use, met in zip(self.watched.uses[unit], found.uses[unit], strict=True):
+                if _is_layer(self.watched, use):
+                    error += float(met.errors(delta).sum(dtype=torch.float64))
+            shape = graph.array(self.watched.model.graph.initializers[unit]).shape
+            overrides[unit] = torch.from_numpy(rough).reshape(shape)
+        harm = sum(self._harm(i, overrides) for i in range(len(self.kept))) / len(self.kept)
+        return harm / error if error > 0 else 0.0
+
+    def embedding(self, unit: str, index: int) -> float:
+        """Harm per unit of squared error of a row, times how often the row is read."""
+        use = self.watched.uses[unit][index]
+        weight = graph.weight(self.watched.model, unit)
+        harm, error = 0.0, 0.0
+        for sample, values in enumerate(self.kept):
+            ids = values[_source(use)] % len(weight)
+            met, where = torch.unique(ids, return_inverse=True)
+            rows = weight[met.numpy()]
+            rough = torch.from_numpy(_perturbed(rows, None))[where]
+            exact = torch.from_numpy(rows)[where]
+            error += float((rough - exact).square().sum(-1).mean())
+            # The rows of a tied head stay as they are: the lookup is overridden, not the weight.
+            harm += self._harm(sample, {graph.name(use.node.outputs[0]): rough})
+        return harm / error if error > 0 else 0.0
+
+    def _harm(self, sample: int, overrides: Values) -> float:
+        """How far the outputs of one sample are from the float model's."""
+        fetched = self.watched.fetched
+        values = self.watched.interpreter.rerun(self.kept[sample], overrides, fetch=fetched)
+        exact, rough = self.reference[sample], self._outputs(values)
+        if LOGITS in exact:
+            p = self.likely[sample]
+            divergence = _log_likelihood(p, exact[LOGITS]) - _log_likelihood(p, rough[LOGITS])
+            return max(float(divergence.mean(dtype=torch.float64)), 0.0)
+        errors = [
+            float((rough[k] - v).square().sum() / v.square().sum().clamp(min=1e-30))
+            for k, v in exact.items()
+        ]
+        return sum(errors) / len(errors)
+
+    def _outputs(self, values: Values) -> Values:
+        """The logits at the positions compared, or all outputs of other models."""
+        if self.watched.hidden is not None:
+            hidden = values[self.watched.hidden].flatten(0, -2)[self.stride - 1 :: self.stride]
+            parts = [self.watched.logits(h) for h in torch.split(hidden, LOGIT_ROWS)]
+            return {LOGITS: torch.cat(parts)}
+        if LOGITS in self.watched.outputs:
+            return {LOGITS: values[LOGITS].flatten(0, -2)[self.stride - 1 :: self.stride]}
+        return {k: values[k] for k in self.watched.outputs if values[k].is_floating_point()}
+
+
+def _log_likelihood(p: Tensor, logits: Tensor) -> Tensor:
+    """``E_p[log q]`` of each position, for ``q`` the softmax of ``logits``."""
+    likelihood: Tensor = torch.linalg.vecdot(p, logits) - logits.logsumexp(-1)
+    return likelihood
+
+
+def _perturbed(weight: Array, importance: Array | None) -> Array:
+    return dequantize(quantize(weight, PERTURBATION, importance), PERTURBATION)
+
+
+# Samples
+
+
+def token_feeds(model: ir.Model, tokens: Array) -> list[Feed]:
+    """Samples for a model over tokens: one a row of ``tokens`` [count, length].
+
+    Raises:
+        UnsupportedError: the model has an input that is not known from language models.
+    """
+    return [
+        {graph.name(v): _token_input(v, torch.from_numpy(row[None])) for v in model.graph.inputs}
+        for row in tokens.astype(np.int64)
+    ]
+
+
+def _token_input(value: ir.Value, ids: Tensor) -> Tensor:
+    key = graph.name(value)
+    dtype = torch.int32 if value.dtype == ir.DataType.INT32 else torch.int64
+    if key == "input_ids":
+        return ids.to(dtype)
+    if key == "attention_mask":
+        return torch.ones(ids.shape, dtype=dtype)
+    if key == "position_ids":
+        return torch.arange(ids.shape[1], dtype=dtype).unsqueeze(0)
+    if key == "token_type_ids":
+        return torch.zeros(ids.shape, dtype=dtype)
+    if key.startswith("past") and value.shape is not None:
+        sizes = [d if isinstance(d, int) else 0 for d in value.shape[1:]]
+        return torch.zeros(1, *sizes)
+    raise UnsupportedError(f"input '{key}' is not one of a language model; give samples for it")
+
+
+def text_tokens(
+    encode: Callable[[str], list[int]], texts: Sequence[str], count: int, length: int
+) -> Array:
+    """``count`` rows of ``length`` tokens, int64, taken in turn from texts and evenly within each.
+
+    Args:
+        encode: Text to tokens with the marks, such as BOS, that start a text.
+        texts: Texts of different kinds.
+        count: How many rows; fewer come back where the texts are too short.
+        length: The tokens of a row.
+
+    Raises:
+        UsageError: no text has ``length`` tokens.
+    """
+    rows = []
+    for index in range(count):
+        text = texts[index % len(texts)]
+        turn, turns = index // len(texts), -(-(count - index % len(texts)) // len(texts))
+        span = length * SPAN
+        # Begin at a line, so that the row does not open with half a word; go on at the beginning.
+        start = text.rfind("\n", 0, int(len(text) * (turn + 0.5) / turns)) + 1
+        tokens = encode((text[start:] + "\n" + text[:start])[:span])
+        if len(tokens) >= length:
+            rows.append(tokens[:length])
+    if not rows:
+        raise UsageError(f"the calibration text is shorter than {length} tokens")
+    return np.array(rows, np.int64)
+
+
+def default_texts() -> list[str]:
+    """Texts of several kinds and languages that are the same on any machine with this Python."""
+    topics = import_module("pydoc_data.topics").topics
+    modules = [import_module(name) for name in _MODULES]
+    described = [inspect.getdoc(member) for m in modules for member in (m, *vars(m).values())]
+    languages = "\n".join(_LANGUAGES)
+    return [
+        "\n\n".join(topics[key] for key in sorted(topics)),
+        "\n\n".join(inspect.getsource(module) for module in modules),
+        languages,
+        "\n\n".join(dict.fromkeys(text for text in described if text and len(text) > 200)),
+    ]
+
+
+_MODULES: Final = (
+    "argparse",
+    "calendar",
+    "difflib",
+    "heapq",
+    "json",
+    "random",
+    "statistics",
+    "textwrap",
+)
+
+# Everyday prose, because the standard library is all English documentation and code.
+_LANGUAGES: Final = (
+    "The train was late again, so Anna bought a coffee and watched the rain run down the "
+    "windows. Her brother had promised to call before noon. When the phone finally rang, it "
+    "was not him but a doctor from the hospital in York, who asked whether she could come at "
+    "once.",
+    "Am nächsten Morgen ging der Großvater früh in den Garten, um die Äpfel zu pflücken, bevor "
+    "es zu regnen begann. Die Kinder schliefen noch, und im Haus roch es nach frischem Brot. "
+    "Er hatte versprochen, mit ihnen an den See zu fahren, wenn das Wetter besser würde.",
+    "Le gouvernement a annoncé mardi que les prix de l'énergie n'augmenteront pas avant l'été. "
+    "Selon le ministre, cette décision devrait aider les familles les plus modestes, mais les "
+    "syndicats estiment qu'elle ne suffira pas et appellent à une nouvelle journée de grève.",
+    "Para preparar la sopa, corte las cebollas y los tomates en trozos pequeños y fríalos con "
+    "un poco de aceite. Después añada el caldo, una pizca de sal y dos hojas de laurel, y "
+    "déjelo cocer durante media hora. Se sirve caliente, con pan y un vaso de vino.",
+    "La città era ancora silenziosa quando Marco aprì la finestra. Dall'altra parte della "
+    "piazza una donna vendeva fiori, come ogni domenica, e il profumo arrivava fino al terzo "
+    "piano.",
+    "O time venceu por dois a um depois de sofrer um gol logo no primeiro minuto. O treinador "
+    "disse que os jogadores mereciam a vitória, mas que ainda precisam melhorar na defesa.",
+    "De winkel is op zaterdag tot zes uur open. Wie een fiets wil huren, moet een geldig "
+    "paspoort meenemen en vijftig euro borg betalen. Vergeet niet om uw helm terug te brengen.",
+    "Dzień dobry, chciałbym zapytać, o której godzinie odjeżdża ostatni autobus do Krakowa i "
+    "czy muszę kupić bilet wcześniej. Dziękuję bardzo za pomoc.",
+    "Когда Иван вернулся домой, в комнате горел свет, а на столе лежало письмо от его сестры. "
+    "Она писала, что зима в этом году холодная, но что у детей всё хорошо и они ждут его в "
+    "марте.",
+    "科学家在南方的山区发现了一种新的植物。研究人员说,这种植物只在夏天开花,数量很少,因此需要保"
+    "护。当地的学校也会组织学生去参观,让他们了解自然的重要性。",
+    "昨日は友達と一緒に京都へ行きました。朝は少し寒かったですが、午後は天気がよくなって、古いお"
+    "寺や庭をゆっくり見ることができました。来年の春にもう一度行きたいと思います。",
+    "오늘 회의는 오후 세 시에 시작합니다. 모든 직원은 보고서를 준비해 주시기 바라며, 질문이 "
+    "있으면 담당자에게 전화해 주십시오.",
+    "ذهب الطبيب إلى القرية الصغيرة لكي يزور المرضى، وكان الناس ينتظرونه أمام المدرسة منذ "
+    "الصباح الباكر.",
+    "मेरी माँ हर सुबह पाँच बजे उठती है और परिवार के लिए चाय बनाती है। उसके बाद वह बाज़ार जाती है।",
+    "Yarın hava güneşli olacak, bu yüzden çocuklarla birlikte denize gitmeyi düşünüyoruz. "
+    "Akşam yemeğini sahildeki küçük lokantada yiyeceğiz.",
+    "Chiều nay trời mưa to nên chúng tôi ở nhà, nấu cơm và kể cho nhau nghe những câu chuyện "
+    "ngày xưa.",
+)
+
+
+# Keeping
+
+
+def cache_key(files: Iterable[Path], feeds: Sequence[Feed], settings: object = ()) -> str:
+    """A name for statistics that changes with the model's files, the samples and the settings."""
+    digest = hashlib.sha256(repr((VERSION, SHRINK, FULL_COLUMNS, settings)).encode())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for feed in feeds:
+        for key in sorted(feed):
+            digest.update(f"{key}{tuple(feed[key].shape)}".encode())
+            digest.update(feed[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(statistics: Statistics, path: Path) -> None:
+    """Write statistics as a safetensors file, whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    shared: dict[int, str] = {}
+    units = []
+    for unit, uses in statistics.uses.items():
+        described = []
+        for index, (use, factor) in enumerate(zip(uses, statistics.factors[unit], strict=True)):
+            where = shared.setdefault(id(use.moment), f"moment.{len(shared)}")
+            tensors[where] = torch.from_numpy(use.moment)
+            tensors[f"factor.{unit}.{index}"] = torch.from_numpy(factor)
+            if use.rows is not None:
+                tensors[f"rows.{unit}.{index}"] = torch.from_numpy(use.rows)
+            described.append({"kind": use.kind, "source": use.source, "moment": where})
+        units.append({"name": unit, "uses": described})
+    about = {"samples": statistics.samples, "units": units}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".statistics-") as scratch:
+        part = Path(scratch) / path.name
+        safetensors.torch.save_file(tensors, part, {"mxcompile": json.dumps(about)})
+        os.replace(part, path)
+
+
+def load(path: Path) -> Statistics:
+    """Read what ``save`` wrote.
+
+    Raises:
+        UsageError: the file is missing, damaged, or not of this kind.
+    """
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            about = json.loads(file.metadata()["mxcompile"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        uses: dict[str, tuple[UseStatistics, ...]] = {}
+        factors: dict[str, tuple[Array, ...]] = {}
+        for unit in about["units"]:
+            name = unit["name"]
+            uses[name] = tuple(
+                UseStatistics(
+                    use["kind"],
+                    use["source"],
+                    tensors[use["moment"]],
+                    tensors.get(f"rows.{name}.{i}"),
+                )
+                for i, use in enumerate(unit["uses"])
+            )
+            factors[name] = tuple(tensors[f"factor.{name}.{i}"] for i in range(len(uses[name])))
+        return Statistics(about["samples"], uses, factors)
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: no calibration statistics ({error})") from error
+
+
+def cached(path: Path, make: Callable[[], Statistics]) -> Statistics:
+    """The statistics kept at ``path``; made and kept there when there are none that can be read."""
+    try:
+        return load(path)
+    except UsageError as error:
+        if path.exists():
+            _log.warning("%s; made again", error)
+    statistics = make()
+    save(statistics, path)
+    return statistics

@@ -1,0 +1,613 @@
+"""The command line: arguments to values, results to text or JSON, errors to exit codes."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+
+from mxcompile import progress
+from mxcompile.errors import MxError, UsageError
+
+if TYPE_CHECKING:  # what a verb needs is imported when it runs: --help must be quick
+    from mxcompile.compiler import Job
+    from mxcompile.runtime import Program
+
+_EXAMPLES: Final = """\
+examples:
+  mxcompile export hf-folder -o model.onnx
+  mxcompile model.onnx --target x86 --budget 4.2bit -o model.mxc
+  mxcompile run model.mxc --prompt "The sea"
+  mxcompile eval model.mxc --reference model.onnx --text book.txt
+  mxcompile bench model.mxc -p 256 -n 64 -t 1,2
+
+A first word that is not a verb is a model to compile.
+"""
+
+_EXIT_CODES: Final = """\
+exit codes:
+  0 done   1 bug   2 usage   3 budget infeasible   4 verification failed
+  5 model not supported   6 device not reachable
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; gives the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verbose = bool({"-v", "--verbose"} & set(words))
+    # A job that is told to end cleans up after itself, as it does after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        args = _parse(words)
+        args.run(args)
+        sys.stdout.flush()
+    except MxError as error:
+        _complain(str(error), verbose)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("mxcompile: interrupted")
+        return 130
+    except BrokenPipeError:
+        # Who reads has had enough; Python would still complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        _complain("out of memory", verbose)
+        return UsageError.exit_code
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename}: "
+        _complain(place + (error.strerror or str(error)), verbose)
+        return UsageError.exit_code
+    except Exception as error:  # the last resort: a bug of ours
+        hint = "" if verbose else "; run with -v for the traceback"
+        _complain(f"{type(error).__name__}: {error}{hint}", verbose)
+        return MxError.exit_code
+    return 0
+
+
+def _complain(text: str, verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
+    _say("mxcompile: error: " + " ".join(text.split()))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="mxcompile",
+        description="Compile ONNX models to small, fast artifacts of mixed precision.",
+        epilog=_EXAMPLES + "\n" + _EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=metadata.version("mxcompile"))
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    for name, (add, run, text) in _VERBS.items():
+        verb = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            allow_abbrev=False,
+        )
+        add(verb)
+        output = verb.add_argument_group("output")
+        output.add_argument("--json", action="store_true", help="print one JSON document")
+        amount = output.add_mutually_exclusive_group()
+        amount.add_argument("-q", "--quiet", action="store_true", help="print results only")
+        amount.add_argument("-v", "--verbose", action="store_true", help="print what is done")
+        verb.set_defaults(run=run)
+    if not words:
+        raise UsageError("nothing to do; see mxcompile --help")
+    if words[0] not in (*_VERBS, "-h", "--help", "--version"):
+        words = ["compile", *words]
+    return parser.parse_args(words)
+
+
+def _progress(args: argparse.Namespace) -> progress.Progress:
+    return progress.create(quiet=args.quiet, verbose=args.verbose, say=_say)
+
+
+def _show(args: argparse.Namespace, data: Any, text: str) -> None:
+    """Print a result: ``data`` with --json, else ``text``."""
+    print(json.dumps(data, indent=1) if args.json else text)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A markdown table; columns of numbers line up on the right."""
+    body = [[str(cell) for cell in row] for row in rows]
+    columns = []
+    for title, *cells in zip(head, *body, strict=True):
+        width = max(map(len, (title, *cells)))
+        if all(cell[:1].isdigit() or not cell for cell in cells):
+            columns.append([c.rjust(width) for c in (title, "-" * (width - 1) + ":", *cells)])
+        else:
+            columns.append([c.ljust(width) for c in (title, "-" * width, *cells)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in zip(*columns, strict=True))
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+# compile and plan
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", type=Path, metavar="MODEL.onnx")
+    verb.add_argument(
+        "--target", default="x86", metavar="NAME", help="see `mxcompile list targets`"
+    )
+    verb.add_argument(
+        "--budget",
+        action="append",
+        metavar="SIZE",
+        help="4.2bit (all-in, a weight) or 600MB; may be repeated, then all hold (default: 4.2bit)",
+    )
+    verb.add_argument(
+        "--activations",
+        choices=("int8", "fp32"),
+        default="int8",
+        help="what matmuls take (default: int8)",
+    )
+    verb.add_argument(
+        "--kv-cache",
+        choices=("fp16", "fp32"),
+        default="fp16",
+        help="what keys and values are kept in",
+    )
+    verb.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text to measure activations on (default: a text that comes with mxcompile)",
+    )
+    verb.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep what is measured, for the next budget"
+    )
+
+
+def _add_compile(verb: argparse.ArgumentParser) -> None:
+    _add_model(verb)
+    verb.add_argument(
+        "-o", "--output", type=Path, metavar="OUT.mxc", help="(default: MODEL.mxc, in this folder)"
+    )
+    verb.add_argument("--force", action="store_true", help="replace the output if it exists")
+    verb.add_argument("--plan", type=Path, metavar="FILE", help="a plan from `mxcompile plan -o`")
+    verb.add_argument("--emit-onnx", type=Path, metavar="FILE", help="write the Q/DQ model too")
+    verb.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the model after each pass")
+
+
+def _job(args: argparse.Namespace) -> "Job":
+    if not args.model.is_file():
+        kinds = ", ".join(_VERBS)
+        raise UsageError(f"{args.model} is neither a model file nor a verb; verbs: {kinds}")
+    from mxcompile.compiler import Job
+
+    compiling = args.verb == "compile"
+    return Job(
+        model=args.model,
+        target=args.target,
+        budgets=tuple(args.budget or ("4.2bit",)),
+        activations=args.activations,
+        kv_dtype=args.kv_cache,
+        calibration=args.calibration,
+        cache=args.cache,
+        output=(compiling and args.output) or Path(args.model.with_suffix(".mxc").name),
+        force=compiling and args.force,
+        emit_onnx=args.emit_onnx if compiling else None,
+        dump_ir=args.dump_ir if compiling else None,
+        plan=args.plan if compiling else None,
+    )
+
+
+def _compile(args: argparse.Namespace) -> None:
+    job, shown = _job(args), _progress(args)
+    from mxcompile.compiler import compile_model
+    from mxcompile.inspection import describe_artifact
+
+    built = compile_model(job, shown)
+    facts = describe_artifact(built)
+    data = {"output": str(built.folder), **facts, "seconds": shown.seconds}
+    _show(args, data, _describe_artifact(str(built.folder), facts) + _describe_times(shown.seconds))
+
+
+def _describe_times(seconds: dict[str, float]) -> str:
+    return "\ntime      " + ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
+
+
+def _describe_artifact(path: str, facts: dict[str, Any]) -> str:
+    lines = [
+        f"{path}: {facts['bits_per_weight']:.3f} bits per weight "
+        f"({_size(facts['weight_bytes'])} for {facts['parameters'] / 1e6:.1f} M parameters), "
+        f"{_size(facts['code_bytes'])} of code for {facts['target']}",
+        "formats   " + _describe_formats(facts["formats"]),
+    ]
+    if facts["decoder_bits_per_weight"]:
+        lines.append(f"decoder   {facts['decoder_bits_per_weight']:.3f} bits without vocabulary")
+    if facts["quality"]:
+        lines.append("quality   " + _describe_quality(facts["quality"]))
+    return "\n".join(lines)
+
+
+def _describe_formats(formats: dict[str, int]) -> str:
+    total = sum(formats.values())
+    return ", ".join(f"{name} {100 * count / total:.1f} %" for name, count in formats.items())
+
+
+def _describe_quality(quality: dict[str, float]) -> str:
+    shown = (f"{k.replace('_', ' ')} {v:.4g}" for k, v in quality.items() if "error" not in k)
+    return ", ".join(shown)
+
+
+def _add_plan(verb: argparse.ArgumentParser) -> None:
+    _add_model(verb)
+    verb.add_argument("-o", "--output", type=Path, metavar="PLAN.json", help="write the plan")
+    verb.add_argument("--sweep", action="store_true", help="solve for a range of budgets")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    job, shown = _job(args), _progress(args)
+    from mxcompile.compiler import plan_model, sweep_budgets
+    from mxcompile.inspection import describe_plan
+
+    if args.sweep:
+        rows = sweep_budgets(job, shown)
+        head = list(rows[0])
+        return _show(
+            args, rows, _table(head, [[_number(row[key]) for key in head] for row in rows])
+        )
+    plan = plan_model(job, shown)
+    if args.output:
+        _write_whole(args.output, lambda file: file.write(json.dumps(plan.to_json()).encode()))
+    facts = describe_plan(plan)
+    return _show(args, {"kind": "plan", **facts}, _describe_plan(facts))
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _describe_plan(facts: dict[str, Any]) -> str:
+    head = f"{facts['bits_per_weight']:.3f} bits per weight ({_size(facts['weight_bytes'])})"
+    return f"{head}\nformats   {_describe_formats(facts['formats'])}\n{_tensor_table(facts)}"
+
+
+def _tensor_table(facts: dict[str, Any]) -> str:
+    rows = [
+        (
+            t["name"],
+            f"{t['rows']} x {t['columns']}",
+            f"{t['bits']:.2f}" if "bits" in t else "",
+            ", ".join(f"{count} {name}" for name, count in t.get("tiles", {}).items()),
+        )
+        for t in facts["tensors"]
+    ]
+    return _table(("tensor", "shape", "bits", "row tiles"), rows)
+
+
+# export
+
+
+def _add_export(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("source", type=Path, metavar="HF_DIR|FILE.gguf")
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL.onnx")
+
+
+def _export(args: argparse.Namespace) -> None:
+    try:
+        from mxcompile.exporter import export
+    except ModuleNotFoundError as error:
+        raise UsageError(f"export needs {error.name}: pip install 'mxcompile[export]'") from error
+    shown = _progress(args)
+    with shown.stage("export"):
+        export(args.source, args.output, progress=shown.note)
+    data = {"output": str(args.output), "seconds": shown.seconds}
+    _show(args, data, f"{args.output} written in {shown.seconds['export']:.0f} s")
+
+
+# run
+
+
+def _add_run(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("artifact", type=Path, metavar="OUT.mxc")
+    given = verb.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads it from stdin")
+    given.add_argument("--input", type=Path, metavar="IN.npz", help="arrays to run the model on")
+    verb.add_argument("--output", type=Path, metavar="OUT.npz", help="where results of --input go")
+    verb.add_argument(
+        "-n", "--tokens", type=_positive, default=128, help="at most (default: %(default)s)"
+    )
+    verb.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    verb.add_argument(
+        "--top-p", type=float, default=1.0, help="choose from this mass (default: 1.0)"
+    )
+    verb.add_argument("--seed", type=int, help="makes random choices repeatable")
+    verb.add_argument("--context", type=_positive, help="tokens to remember (default: all it can)")
+    verb.add_argument("--ignore-eos", action="store_true", help="go on after the text has ended")
+    _add_threads(verb)
+
+
+def _add_threads(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("-t", "--threads", type=_positive, help="(default: one a physical core)")
+
+
+def _run(args: argparse.Namespace) -> None:
+    from mxcompile.runtime import Program
+
+    if (args.input is None) != (args.output is None):
+        raise UsageError("--input and --output go together")
+    program = Program.load(args.artifact, args.threads)
+    if args.input is None:
+        _generate(args, program)
+    else:
+        _run_arrays(args, program)
+
+
+def _run_arrays(args: argparse.Namespace, program: "Program") -> None:
+    import numpy as np
+
+    try:
+        with np.load(args.input, allow_pickle=False) as arrays:
+            feeds = dict(arrays)
+    except (ValueError, AttributeError, TypeError, EOFError) as error:
+        raise UsageError(f"{args.input} is not an .npz of arrays: {error}") from error
+    start = time.perf_counter()
+    found = program.run(feeds)
+    spent = time.perf_counter() - start
+    _write_whole(args.output, lambda file: np.savez(file, **cast(Any, found)))
+    shapes = {name: list(array.shape) for name, array in found.items()}
+    text = ", ".join(f"{name}{shape}" for name, shape in shapes.items())
+    _show(args, {"outputs": shapes, "seconds": spent}, f"{args.output}: {text} in {spent:.3f} s")
+
+
+def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file that is there whole or not at all."""
+    with tempfile.NamedTemporaryFile(dir=path.absolute().parent, delete=False) as file:
+        try:
+            write(file)
+            file.close()
+            Path(file.name).replace(path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                Path(file.name).unlink()
+            raise
+
+
+def _generate(args: argparse.Namespace, program: "Program") -> None:
+    from mxcompile.runtime import Session
+    from mxcompile.sample import SamplingSettings, generate
+    from mxcompile.text import TextModel
+
+    session, model = Session(program, args.context), TextModel.beside(args.artifact)
+    generation = program.manifest.generation
+    ends = () if args.ignore_eos or generation is None else generation.eos_token_id
+    prompt = model.encode(sys.stdin.read() if args.prompt == "-" else args.prompt)
+    stream = model.stream(prompt)
+    settings = SamplingSettings(args.temperature, args.top_p, args.seed)
+    tokens: list[int] = []
+    times = [time.perf_counter()]
+    for token in generate(session, prompt, settings, limit=args.tokens, stop=ends):
+        times.append(time.perf_counter())
+        tokens.append(token)
+        if not args.json:
+            print(stream.push(token), end="", flush=True)
+    rates = _rates(len(prompt), times)
+    text = f"\n{len(prompt)} + {len(tokens)} tokens" + "".join(
+        f", {name.replace('_tokens_per_s', '')} {rate:.1f} tokens/s" for name, rate in rates.items()
+    )
+    data = {"text": model.decode(tokens), "tokens": tokens, "prompt_tokens": len(prompt), **rates}
+    if args.json:
+        _show(args, data, "")
+    else:
+        print()
+        if not args.quiet:
+            _say(text)
+
+
+def _rates(prompt: int, times: list[float]) -> dict[str, float]:
+    """Tokens a second before the first new token, and after it."""
+    if len(times) < 3:
+        return {}
+    return {
+        "prefill_tokens_per_s": prompt / (times[1] - times[0]),
+        "decode_tokens_per_s": (len(times) - 2) / (times[-1] - times[1]),
+    }
+
+
+# eval and bench
+
+
+def _add_eval(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", type=Path, metavar="OUT.mxc|MODEL.onnx")
+    verb.add_argument("--reference", type=Path, required=True, metavar="MODEL.onnx")
+    verb.add_argument("--text", type=Path, required=True, metavar="FILE")
+    verb.add_argument(
+        "--tokens", type=_positive, default=4096, help="positions to compare (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--context", type=_positive, default=512, help="tokens in a window (default: %(default)s)"
+    )
+    _add_threads(verb)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from mxcompile.evaluate import evaluate
+
+    found = evaluate(
+        args.model,
+        args.reference,
+        args.text,
+        tokens=args.tokens,
+        context=args.context,
+        threads=args.threads,
+        progress=_progress(args),
+    )
+    rows = [
+        (name, f"{value:.6g}", f"{found[f'{name}_error']:.2g}" if f"{name}_error" in found else "")
+        for name, value in found.items()
+        if not name.endswith("_error")
+    ]
+    _show(args, found, _table(("figure", "value", "+-"), rows))
+
+
+def _add_bench(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("artifact", type=Path, metavar="OUT.mxc")
+    verb.add_argument(
+        "-p", "--prompt", type=int, default=256, help="tokens of the prompt test (default: 256)"
+    )
+    verb.add_argument(
+        "-n", "--generate", type=int, default=64, help="tokens of the other test (default: 64)"
+    )
+    verb.add_argument("-t", "--threads", type=_counts, help="such as 1,2 (default: as for run)")
+    verb.add_argument("-r", "--repetitions", type=_positive, default=5, help="(default: 5)")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_positive(word) for word in text.split(","))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from mxcompile.bench import bench
+    from mxcompile.runtime import cores
+
+    if min(args.prompt, args.generate) < 0 or args.prompt == args.generate == 0:
+        raise UsageError("-p and -n take the tokens of a test; 0 leaves it out")
+    rows = bench(
+        args.artifact,
+        prompt=args.prompt,
+        generate=args.generate,
+        threads=args.threads or (cores(),),
+        repetitions=args.repetitions,
+        progress=_progress(args),
+    )
+    head = ("model", "size", "params", "bits", "target", "threads", "test", "tokens/s")
+    lines = [
+        (
+            row["model"],
+            _size(row["weight_bytes"]),
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['bits_per_weight']:.2f}",
+            row["target"],
+            row["threads"],
+            row["test"],
+            f"{row['tokens_per_s']:.2f} +- {row['stddev']:.2f}",
+        )
+        for row in rows
+    ]
+    _show(args, rows, _table(head, lines))
+
+
+# inspect and list
+
+
+def _add_inspect(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("path", type=Path, metavar="OUT.mxc|PLAN.json|MODEL.onnx")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from mxcompile.inspection import inspect
+
+    facts = inspect(args.path)
+    if facts["kind"] == "plan":
+        text = _describe_plan(facts)
+    elif facts["kind"] == "model":
+        text = f"{args.path}: {facts['parameters'] / 1e6:.2f} M parameters\n" + "\n".join(
+            [
+                *(f"in   {line}" for line in facts["inputs"]),
+                *(f"out  {x}" for x in facts["outputs"]),
+            ]
+        )
+        text += "\n" + _tensor_table(facts)
+    else:
+        text = f"{_describe_artifact(str(args.path), facts)}\n{_tensor_table(facts)}"
+    _show(args, facts, text)
+
+
+def _add_list(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("what", choices=("targets", "formats", "passes"))
+
+
+def _list(args: argparse.Namespace) -> None:
+    rows = {"targets": _targets, "formats": _formats, "passes": _passes}[args.what]()
+    text = _table(("name", "description"), [(row["name"], row["description"]) for row in rows])
+    _show(args, rows, text)
+
+
+def _targets() -> list[dict[str, Any]]:
+    from mxcompile import target
+
+    here = target.host_features()
+    return [
+        {
+            "name": found.name,
+            "description": found.description,
+            "family": found.family,
+            "requires": sorted(found.requires),
+            "runs_here": found.family == target.host_family() and found.requires <= here,
+        }
+        for found in target.shipped()
+    ]
+
+
+def _formats() -> list[dict[str, Any]]:
+    from mxcompile.formats import FORMATS, GROUP
+
+    return [
+        {"name": f.name, "bits": f.bits, "description": f"{f.bits} bits a code, groups of {GROUP}"}
+        for f in FORMATS.values()
+    ]
+
+
+def _passes() -> list[dict[str, Any]]:
+    from pkgutil import resolve_name
+
+    from mxcompile.passes import REGISTRY
+
+    return [
+        {"name": name, "description": (resolve_name(where).__doc__ or "").partition("\n")[0]}
+        for name, where in REGISTRY.items()
+    ]
+
+
+_Add = Callable[[argparse.ArgumentParser], None]
+_Run = Callable[[argparse.Namespace], None]
+
+_VERBS: Final[dict[str, tuple[_Add, _Run, str]]] = {
+    "compile": (_add_compile, _compile, "compile a model (the verb may be left out)"),
+    "export": (_add_export, _export, "turn a Hugging Face folder or a GGUF file into ONNX"),
+    "plan": (_add_plan, _plan, "choose the precisions, generate no code"),
+    "run": (_add_run, _run, "generate text, or run a model on arrays"),
+    "eval": (_add_eval, _evaluate, "measure how far a model is from its reference"),
+    "bench": (_add_bench, _bench, "measure tokens a second"),
+    "inspect": (_add_inspect, _inspect, "show what an artifact, a plan or a model holds"),
+    "list": (_add_list, _list, "list the targets, formats or passes"),
+}
+"""How each verb's arguments are added, what runs it, and what it does."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""The whole flow, from a model and a budget to a checked artifact."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from mxcompile import artifact as artifacts
+from mxcompile import calibrate, graph, lower, passes, report, target, verify
+from mxcompile.artifact import Artifact
+from mxcompile.budget import Budget, parse_budget
+from mxcompile.errors import PlanError, UsageError
+from mxcompile.instruments import Dump, Verify
+from mxcompile.pipeline import KV_DTYPES, Context, Instrument, Pipeline
+from mxcompile.plan import PrecisionPlan
+from mxcompile.price import Costs, price
+from mxcompile.progress import Progress
+from mxcompile.samples import Samples
+from mxcompile.solve import Solution, solve, sweep
+
+HEADER_BYTES: Final = 90
+"""The most that the weight file's header says of a tensor, besides its name."""
+
+TILE_ENTRY_BYTES: Final = 8
+"""A row tile's entry in the table of formats and offsets."""
+
+SWEEP_POINTS: Final = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request, parsed once; the fields are the options of ``mxcompile MODEL``."""
+
+    model: Path
+    target: str
+    budgets: tuple[str, ...]
+    output: Path
+    force: bool = False
+    activations: Literal["int8", "fp32"] = "int8"
+    kv_dtype: Literal["fp16", "fp32"] = "fp16"
+    emit_onnx: Path | None = None
+    dump_ir: Path | None = None
+    calibration: Path | None = None
+    cache: Path | None = None
+    plan: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A float model in canonical form, with the plan for it and what the plan should cost."""
+
+    model: ir.Model
+    samples: Samples
+    plan: PrecisionPlan
+    importance: Mapping[str, np.ndarray]
+    predicted: Mapping[str, float | str]
+
+
+def compile_model(job: Job, progress: Progress) -> Artifact:
+    """Compile a model under a budget; the artifact at ``job.output`` is complete or not there.
+
+    Raises:
+        MxError: what the user can mend; see ``mxcompile.errors``.
+    """
+    artifacts.check_destination(job.output, force=job.force)
+    where = target.find(job.target)
+    planned = _plan(job, where, progress)
+    ctx = Context(where, planned.plan, planned.importance, job.activations, job.kv_dtype)
+    with progress.stage("quantize"):
+        quantized = _run(job, passes.QUANTIZE, planned.model, ctx)
+    if job.emit_onnx is not None:
+        with progress.stage("emit"):
+            emit(quantized, job.emit_onnx)
+    with progress.stage("lower"):
+        fused = _run(job, passes.FUSE, quantized, ctx)
+        lowered = lower.lower(fused, ctx)
+    del quantized, fused
+    with tempfile.TemporaryDirectory(prefix="mxcompile-") as scratch:
+        code = Path(scratch) / artifacts.CODE
+        with progress.stage("build"):
+            lower.build(lowered, where, code)
+        with artifacts.staged(job.output, force=job.force) as folder:
+            with progress.stage("package"):
+                manifest = _manifest(job, where, planned, lowered)
+                tokenizer = (job.model.parent / name for name in artifacts.TOKENIZER_FILES)
+                built = artifacts.write(
+                    folder,
+                    manifest,
+                    code=code,
+                    weights=lowered.weights,
+                    plan=planned.plan,
+                    extra=[path for path in tokenizer if path.is_file()],
+                )
+            with progress.stage("verify"):
+                limit = _budget(job, manifest.parameters).limit(manifest.parameters)
+                verify.check_size(built, limit if job.plan is None else None)
+                quality = verify.check(built, job.model, planned.samples, planned.predicted)
+            page = report.render(built, predicted=planned.predicted, seconds=progress.seconds)
+            artifacts.finish(built, quality=quality, report=page)
+    return artifacts.load(job.output)
+
+
+def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
+    """The plan that ``compile_model`` would compile."""
+    return _plan(job, target.find(job.target), progress).plan
+
+
+def sweep_budgets(job: Job, progress: Progress) -> list[dict[str, float]]:
+    """Bytes, bits a weight and predicted damage of the best plans from least to most bytes."""
+    model, samples, fixed = _prepare(job, target.find(job.target), progress)
+    costs, _ = _costs(job, model, samples, progress)
+    count = graph.parameters(model)
+    return [
+        {
+            "weight_bytes": size + fixed,
+            "bits_per_weight": 8 * (size + fixed) / count,
+            "damage": damage,
+        }
+        for size, damage in sweep(costs, SWEEP_POINTS)
+    ]
+
+
+def emit(quantized: ir.Model, path: Path) -> None:
+    """Write a model in standard ONNX, large weights beside it; whole or not at all."""
+    standard = quantized.clone()
+    common_passes.InlinePass()(standard)
+    graph.prune(standard)
+    common_passes.RemoveUnusedOpsetsPass()(standard)
+    with tempfile.TemporaryDirectory(prefix=".emit-", dir=_folder(path)) as scratch:
+        draft = Path(scratch) / path.name
+        ir.save(standard, draft, external_data=f"{path.name}.data")
+        for part in sorted(Path(scratch).iterdir(), reverse=True):
+            part.replace(path.parent / part.name)
+
+
+def _folder(path: Path) -> Path:
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder: {path} cannot be written")
+    return folder
+
+
+def _run(job: Job, pipeline: str, model: ir.Model, ctx: Context) -> ir.Model:
+    watchers: list[Instrument] = [Verify()]
+    if job.dump_ir is not None:
+        done = len(list(job.dump_ir.glob("*.txt"))) if job.dump_ir.is_dir() else 0
+        watchers.append(Dump(job.dump_ir, done))
+    return Pipeline.parse(pipeline, passes.REGISTRY).run(model, ctx, watchers)
+
+
+def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Model, Samples, int]:
+    """The canonical model, samples for it, and the bytes of the weight file that no plan changes."""
+    with progress.stage("load"):
+        model = _run(job, passes.FRONT, graph.load(job.model), Context(where))
+        samples = Samples.find(model, job.model, job.calibration)
+    return model, samples, _fixed_bytes(model)
+
+
+def _fixed_bytes(model: ir.Model) -> int:
+    """What the weight file holds besides packed tiles: float tensors, tile tables, its header."""
+    units = graph.units(model)
+    planned = {u.name for u in units}
+    floats = [
+        v
+        for name, v in model.graph.initializers.items()
+        if name not in planned and v.dtype == ir.DataType.FLOAT and v.const_value is not None
+    ]
+    data = sum(v.const_value.nbytes for v in floats if v.const_value is not None)
+    tables = sum(u.tiles * TILE_ENTRY_BYTES for u in units)
+    names = sum(len(graph.name(v)) + HEADER_BYTES for v in floats)
+    return data + tables + names + sum(2 * (len(u.name) + HEADER_BYTES) for u in units)
+
+
+def _costs(
+    job: Job, model: ir.Model, samples: Samples, progress: Progress
+) -> tuple[Costs, dict[str, np.ndarray]]:
+    """What every tile costs in every format, and how much each input column counts."""
+    uses = graph.uses(model)
+
+    def collect() -> calibrate.Statistics:
+        return calibrate.collect(model, uses, samples.feeds, samples.probes, progress=progress)
+
+    if job.cache is None:
+        statistics = collect()
+    else:
+        files = [p for p in (job.model, Path(f"{job.model}.data")) if p.is_file()]
+        key = calibrate.cache_key(files, [*samples.feeds, *samples.probes])
+        statistics = calibrate.cached(job.cache / f"{key}.safetensors", collect)
+    units = graph.units(model)
+    costs = price(lambda name: graph.weight(model, name), units, statistics, progress=progress)
+    return costs, {u.name: statistics.importance(u.name) for u in units}
+
+
+def _budget(job: Job, parameters: int) -> Budget:
+    """The tightest of the budgets: all of them must hold."""
+    budgets = [parse_budget(text) for text in job.budgets]
+    return min(budgets, key=lambda budget: budget.limit(parameters))
+
+
+def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
+    _budget(job, 1)  # a budget that cannot be read is refused before the work
+    model, samples, fixed = _prepare(job, where, progress)
+    if job.plan is not None:
+        plan = _read_plan(job.plan, model)
+        return Planned(model, samples, plan, {}, {"source": str(job.plan)})
+    costs, importance = _costs(job, model, samples, progress)
+    count = graph.parameters(model)
+    with progress.stage("solve"):
+        found = solve(costs, _budget(job, count), parameters=count, fixed_bytes=fixed)
+    return Planned(model, samples, found.plan, importance, _predictions(found, count))
+
+
+def _predictions(found: Solution, parameters: int) -> dict[str, float | str]:
+    return {
+        "damage": found.damage,
+        "gap": found.gap,
+        "method": found.method,
+        "bits_per_weight": 8 * found.bytes / parameters,
+    }
+
+
+def _read_plan(path: Path, model: ir.Model) -> PrecisionPlan:
+    try:
+        plan = PrecisionPlan.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as a plan: {error}") from error
+    if set(plan.units) != set(graph.units(model)):
+        raise PlanError(f"{path} is a plan for another model")
+    return plan
+
+
+def _manifest(
+    job: Job, where: target.Target, planned: Planned, lowered: lower.Lowered
+) -> artifacts.Manifest:
+    text = ",".join((passes.FRONT, passes.QUANTIZE, passes.FUSE))
+    decoder = bool(lowered.caches)
+    keys = lowered.caches[::2]
+    layers = tuple(artifacts.CacheLayer(int(k.shape[1]), int(k.shape[3])) for k in keys)
+    return artifacts.Manifest(
+        kind=artifacts.DECODER if decoder else artifacts.GRAPH,
+        name=job.model.stem,
+        target=where.name,
+        target_features=tuple(sorted(where.requires)),
+        budget=" ".join(job.budgets),
+        activations=job.activations,
+        pipeline=text,
+        plan_digest=planned.plan.digest,
+        parameters=graph.parameters(planned.model),
+        inputs=lowered.inputs,
+        outputs=lowered.outputs,
+        weights=tuple(lowered.weights),
+        kv_cache=artifacts.KvCache(KV_DTYPES[job.kv_dtype], layers) if decoder else None,
+        generation=_generation(planned.model, lowered) if decoder else None,
+    )
+
+
+def _generation(model: ir.Model, lowered: lower.Lowered) -> artifacts.Generation:
+    """What the exporter knew of the model's tokens, with safe values where it said nothing."""
+    known: dict[str, Any] = json.loads(model.metadata_props.get("mxcompile.generation", "{}"))
+    return artifacts.Generation(
+        vocabulary=int(lowered.outputs[0].shape[-1]),
+        max_position_embeddings=int(known.get("max_position_embeddings") or 4096),
+        bos_token_id=known.get("bos_token_id"),
+        eos_token_id=tuple(known.get("eos_token_id") or ()),
+    )

@@ -1,0 +1,609 @@
+"""From the fused ONNX graph to a Relax module, its packed weights, and machine code.
+
+The program is one function ``main(*inputs, [caches], weights)``. Weights are inputs, packed for the
+target's kernels; caches are inputs that attention updates in place. Fused operators become calls of
+kernel templates, everything else Relax operators that TVM fuses and our schedule vectorises.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+import tvm
+from tvm import relax, s_tir
+
+from mxcompile import graph, qdq
+from mxcompile.artifact import TensorSpec
+from mxcompile.errors import MxError, UnsupportedError
+from mxcompile.passes.kv_cache import NO_WINDOW
+from mxcompile.pipeline import Context
+from mxcompile.relax_ops import (
+    OPERATORS,
+    Dims,
+    Expr,
+    Scope,
+    dtype_name,
+    follow_integers,
+    imported,
+    resolve_reshape,
+    shape_of,
+)
+from mxcompile.target import Target
+from mxcompile.targets import cpu_attention, cpu_matmul, cpu_norm, packing
+
+CACHES: Final = "cache."
+"""Inputs of this prefix are caches: they go into one tuple and are updated in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A Relax module and what it takes: plain inputs, cache tensors, weights in order."""
+
+    module: Any
+    inputs: tuple[TensorSpec, ...]
+    caches: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A value that is a range of columns of a wider tensor, not a tensor of its own.
+
+    With ``parts`` that are not 0 the range counts as split: [..., parts, width / parts].
+    """
+
+    wide: Expr
+    columns: cpu_norm.Columns
+    width: int
+    parts: int = 0
+
+    @property
+    def shape(self) -> Dims:
+        """The shape of the value that this stands for."""
+        lead = shape_of(self.wide)[:-1]
+        return (*lead, self.parts, self.width // self.parts) if self.parts else (*lead, self.width)
+
+
+@dataclass
+class _Builder:
+    """State of one lowering."""
+
+    model: ir.Model
+    target: Target
+    scope: Scope
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    weight_vars: dict[str, Expr] = field(default_factory=dict)
+    packed: dict[tuple[str, ...], str] = field(default_factory=dict)
+    views: dict[ir.Value, _View] = field(default_factory=dict)
+    kernels: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    @property
+    def simd(self) -> cpu_norm.Simd:
+        """The vectors of the target."""
+        return cpu_norm.Simd(lanes=16 if self.target.instructions == "avx512vnni" else 8)
+
+    @property
+    def matmul(self) -> cpu_matmul.MatmulKernel:
+        """The target's matrix product kernels."""
+        return cpu_matmul.MatmulKernel(self.target.instructions)  # type: ignore[arg-type]
+
+    def kernel(self, template: Callable[..., Any], *knobs: Any) -> Any:
+        """The function that a kernel template makes of its knobs; made once."""
+        key = (template, knobs)
+        if key not in self.kernels:
+            function = _rooted(template(*knobs))
+            self.kernels[key] = self.scope.bb.add_func(function, template.__name__)
+        return self.kernels[key]
+
+    def call(self, kernel: Any, args: Sequence[Expr], shape: Dims, dtype: str = "float32") -> Expr:
+        """Call a kernel that writes one new tensor."""
+        return self.scope.emit(relax.call_tir(kernel, list(args), relax.TensorType(shape, dtype)))
+
+    def tensor(self, value: ir.Value | None) -> Expr:
+        """The tensor of a value; a view is copied out of its wide tensor here."""
+        if value in self.views:
+            view = self.views[value]
+            rank = len(shape_of(view.wide))
+            start = view.columns.offset
+            copy = self.scope.emit(
+                relax.op.strided_slice(view.wide, [rank - 1], [start], [start + view.width])
+            )
+            if view.parts:
+                copy = self.scope.emit(relax.op.reshape(copy, view.shape))
+            self.scope.tensors[value] = copy
+            del self.views[value]
+        return self.scope.tensor(value)
+
+    def source(self, value: ir.Value | None) -> tuple[Expr, cpu_norm.Columns]:
+        """A [batch, seq, columns] value as columns of a tensor; mostly they are all of it."""
+        if value in self.views:
+            return self.views[value].wide, self.views[value].columns
+        tensor = self.scope.tensor(value)
+        return tensor, cpu_norm.Columns(int(shape_of(tensor)[-1]))
+
+    def constant(self, value: ir.Value | None) -> Expr:
+        """The tensor of a constant that a kernel reads."""
+        assert value is not None
+        name = graph.name(value)
+        return self.weight_vars[name] if name in self.weight_vars else self.scope.tensor(value)
+
+
+def _rooted(function: Any) -> Any:
+    """A kernel with a root block, which Relax looks for in every function that it calls."""
+    if not isinstance(function.body, s_tir.SBlockRealize):
+        root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", function.body))
+        function = function.with_body(root)
+    return function.without_attr("global_symbol").with_attr("tirx.is_scheduled", True)
+
+
+def lower(model: ir.Model, ctx: Context) -> Lowered:
+    """Build the Relax module of a fused model.
+
+    Raises:
+        UnsupportedError: a node has no lowering; the text names it.
+    """
+    builder = _Builder(model, ctx.target, Scope(relax.BlockBuilder()))
+    _collect_weights(builder)
+    scope = builder.scope
+    specs = [_spec(v) for v in model.graph.inputs]
+    inputs = [relax.Var(s.name, _type(scope, s)) for s in specs]
+    cached = [s.name.startswith(CACHES) for s in specs]
+    cache_types = [_type(scope, s) for s, c in zip(specs, cached, strict=True) if c]
+    caches = relax.Var("caches", relax.TupleType(cache_types))
+    weight_types = [relax.TensorType(w.shape, str(w.dtype)) for w in builder.weights.values()]
+    weights = relax.Var("weights", relax.TupleType(weight_types))
+    plain = [v for v, c in zip(inputs, cached, strict=True) if not c]
+    outputs = [v for v in model.graph.outputs if not graph.name(v).startswith(CACHES)]
+    with scope.bb.function("main", [*plain, *([caches] if cache_types else []), weights]):
+        with scope.bb.dataflow():
+            for index, name in enumerate(builder.weights):
+                builder.weight_vars[name] = scope.emit(relax.TupleGetItem(weights, index))
+            count = 0
+            for value, var, is_cache in zip(model.graph.inputs, inputs, cached, strict=True):
+                item = scope.emit(relax.TupleGetItem(caches, count)) if is_cache else var
+                scope.tensors[value] = item
+                count += is_cache
+            for node in model.graph:
+                _lower_node(builder, node)
+            results = [builder.tensor(v) for v in outputs]
+            result = scope.bb.emit_output(results[0] if len(results) == 1 else relax.Tuple(results))
+        scope.bb.emit_func_output(result)
+    return Lowered(
+        scope.bb.finalize(),
+        tuple(s for s, c in zip(specs, cached, strict=True) if not c),
+        tuple(s for s, c in zip(specs, cached, strict=True) if c),
+        tuple(_spec(v) for v in outputs),
+        builder.weights,
+    )
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    if value.shape is None:
+        raise UnsupportedError(f"{value.name} has no known rank")
+    shape = tuple(
+        d if isinstance(d, int) else str(d.value or f"dim{i}") for i, d in enumerate(value.shape)
+    )
+    return TensorSpec(graph.name(value), dtype_name(value.dtype), shape)
+
+
+def _type(scope: Scope, spec: TensorSpec) -> Any:
+    dims = [scope.symbol(d) if isinstance(d, str) else d for d in spec.shape]
+    return relax.TensorType(dims, spec.dtype)
+
+
+def _collect_weights(builder: _Builder) -> None:
+    """Pack the weights of fused operators; float tables that other nodes read stay as they are."""
+    for node in builder.model.graph:
+        if node.domain == graph.DOMAIN and node.op_type.startswith("Mixed"):
+            _pack(builder, node)
+            continue
+        for value in node.inputs:
+            if value is None or value.const_value is None or value.const_value.size <= 1:
+                continue
+            if value.dtype == ir.DataType.FLOAT or value.const_value.size > 64:
+                builder.weights.setdefault(graph.name(value), graph.array(value))
+
+
+def _pack(builder: _Builder, node: ir.Node) -> None:
+    names, _ = _names_and_rows(builder.model, node)
+    if names in builder.packed:
+        return
+    chains, actual = _weight_chains(builder.model, node)
+    weights = [qdq.read(chain, actual) for chain in chains]
+    parts = [
+        packing.pack(w.values.codes, w.values.scales, w.values.zeros, w.values.row_scale, w.formats)
+        for w in weights
+    ]
+    packed = parts[0] if len(parts) == 1 else packing.concat(parts)
+    label = "+".join(names)
+    builder.weights[f"{label}.packed"] = packed.data
+    builder.weights[f"{label}.tiles"] = packed.table
+    builder.packed[names] = label
+
+
+def body_of(model: ir.Model, node: ir.Node) -> ir.Function:
+    """The function that a fused node calls."""
+    return model.functions[node.op_identifier()]
+
+
+def _weight_chains(model: ir.Model, node: ir.Node) -> tuple[list[list[ir.Node]], qdq.Actual]:
+    """How a fused operator dequantizes its weights, in the order of its outputs."""
+    function = body_of(model, node)
+    actual = dict(zip(function.inputs, node.inputs, strict=True))
+    slot = 0 if node.op_type == "MixedGather" else 1
+    readers = [v.producer() for v in function.outputs]
+    weights = [n.inputs[slot] for n in readers if n is not None]
+    chains = [qdq.chain(w, actual) for w in weights if w is not None]
+    return [c for c in chains if c is not None], actual
+
+
+def _lower_node(builder: _Builder, node: ir.Node) -> None:
+    scope = builder.scope
+    if node.domain == "" and (numbers := follow_integers(scope, node)) is not None:
+        scope.dims[node.outputs[0]] = numbers
+        return
+    fused = FUSED.get((node.domain, node.op_type))
+    try:
+        if fused is not None:
+            results = fused(builder, node)
+        else:
+            for value in node.inputs:
+                if value in builder.views:
+                    builder.tensor(value)
+            for value in node.inputs:
+                if value is not None and value.name in builder.weight_vars:
+                    scope.tensors[value] = builder.weight_vars[value.name]
+            operator = OPERATORS.get(node.op_type) if node.domain == "" else None
+            results = scope.emit((operator or imported)(scope, node))
+    except MxError:
+        raise
+    except Exception as error:  # TVM raises its own errors when an operator's types do not fit
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UnsupportedError(f"{graph.describe(node)} cannot be lowered: {reason}") from error
+    _bind(builder, node, results)
+
+
+def _bind(builder: _Builder, node: ir.Node, results: Any) -> None:
+    outputs = [v for v in node.outputs if v.name]
+    if isinstance(results, list | tuple):
+        found = list(results)
+    elif isinstance(results.ty, relax.TupleType):
+        found = [
+            builder.scope.emit(relax.TupleGetItem(results, i))
+            for i in range(len(results.ty.fields))
+        ]
+    else:
+        found = [results]
+    for value, result in zip(outputs, found, strict=False):
+        if isinstance(result, _View):
+            builder.views[value] = result
+        else:
+            builder.scope.tensors[value] = result
+
+
+def _rows(builder: _Builder, x: Expr) -> tuple[Expr, Dims, int]:
+    """A tensor as a matrix [rows, columns], its leading dimensions, and its columns."""
+    *lead, columns = shape_of(x)
+    shape = resolve_reshape(builder.scope, tuple(shape_of(x)), (-1, columns))
+    return builder.scope.emit(relax.op.reshape(x, shape)), tuple(lead), int(columns)
+
+
+def _weight(builder: _Builder, names: tuple[str, ...]) -> list[Expr]:
+    label = builder.packed[names]
+    return [builder.weight_vars[f"{label}.packed"], builder.weight_vars[f"{label}.tiles"]]
+
+
+def _product(builder: _Builder, x: Expr, weight: list[Expr], rows: int, quantized: bool) -> Expr:
+    """The matrix product of a float matrix with packed row tiles."""
+    count, columns = shape_of(x)
+    if not quantized:
+        return builder.call(builder.kernel(builder.matmul.matmul_f32), [x, *weight], (count, rows))
+    size = cpu_matmul.activation_bytes(int(columns))
+    quantize = builder.kernel(builder.matmul.quantize_activation)
+    codes = builder.call(quantize, [x], (count, size), "int8")
+    return builder.call(builder.kernel(builder.matmul.matmul_int8), [codes, *weight], (count, rows))
+
+
+def _mixed_linear(builder: _Builder, node: ir.Node) -> list[Any]:
+    body = body_of(builder.model, node)
+    names, sizes = _names_and_rows(builder.model, node)
+    matrix, lead, _ = _rows(builder, builder.tensor(node.inputs[0]))
+    quantized = any(n.op_type == "QuantizeLinear" for n in body)
+    product = _product(builder, matrix, _weight(builder, names), sum(sizes), quantized)
+    wide = builder.scope.emit(relax.op.reshape(product, (*lead, sum(sizes))))
+    if len(sizes) == 1:
+        return [wide]
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    return [
+        _View(wide, cpu_norm.Columns(sum(sizes), start), size)
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+
+
+def _names_and_rows(model: ir.Model, node: ir.Node) -> tuple[tuple[str, ...], list[int]]:
+    """The units of a fused operator and their rows, without reading the weights."""
+    chains, actual = _weight_chains(model, node)
+    return (
+        tuple(qdq.unit_of(c, actual) for c in chains),
+        [qdq.rows_of(c, actual) for c in chains],
+    )
+
+
+def _mixed_gather(builder: _Builder, node: ir.Node) -> Expr:
+    names, _ = _names_and_rows(builder.model, node)
+    ids = builder.tensor(node.inputs[0])
+    lead = shape_of(ids)
+    flat = builder.scope.emit(relax.op.reshape(ids, resolve_reshape(builder.scope, lead, (-1,))))
+    output = node.outputs[0].shape
+    assert output is not None
+    columns = int(output[-1])  # type: ignore[arg-type]
+    kernel = builder.kernel(builder.matmul.gather_rows)
+    rows = builder.call(kernel, [flat, *_weight(builder, names)], (shape_of(flat)[0], columns))
+    return builder.scope.emit(relax.op.reshape(rows, (*lead, columns)))
+
+
+def _mixed_conv(builder: _Builder, node: ir.Node) -> Expr:
+    """A convolution as a matrix product over patches; [batch, channels, height, width].
+
+    The patches of every output position become the rows of a matrix.
+    """
+    (inner,) = (n for n in body_of(builder.model, node) if n.op_type == "Conv")
+    names, (outputs,) = _names_and_rows(builder.model, node)
+    patches, batch, height, width = _patches(builder, inner, builder.tensor(node.inputs[0]))
+    product = _product(builder, patches, _weight(builder, names), outputs, quantized=False)
+    emit = builder.scope.emit
+    image = emit(relax.op.reshape(product, (batch, height, width, outputs)))
+    image = emit(relax.op.permute_dims(image, [0, 3, 1, 2]))
+    if len(inner.inputs) > 2 and inner.inputs[2] is not None:
+        actual = dict(zip(body_of(builder.model, node).inputs, node.inputs, strict=True))
+        bias = graph.array(actual[inner.inputs[2]]).reshape(1, outputs, 1, 1)
+        image = emit(relax.op.add(image, relax.const(bias)))
+    return image
+
+
+def _patches(builder: _Builder, conv: ir.Node, x: Expr) -> tuple[Expr, Any, Any, Any]:
+    """The inputs of every output position as rows, and the batch, height and width of the output."""
+    batch, channels, height, width = shape_of(x)
+    weight = conv.inputs[1]
+    assert weight is not None and weight.shape is not None
+    kernel = [int(d) for d in weight.shape.numpy()[2:]]
+    strides = list(conv.attributes.get_ints("strides") or (1, 1))
+    dilations = list(conv.attributes.get_ints("dilations") or (1, 1))
+    pads = list(conv.attributes.get_ints("pads") or (0, 0, 0, 0))
+    if conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
+        raise UnsupportedError(f"{graph.describe(conv)}: auto_pad is not supported, export pads")
+    emit, simplify = builder.scope.emit, builder.scope.simplify
+    if any(pads):
+        x = emit(relax.op.nn.pad(x, [0, 0, 0, 0, pads[0], pads[2], pads[1], pads[3]]))
+    size = [
+        simplify((dim + low + high - dilation * (taps - 1) - 1) // stride + 1)
+        for dim, low, high, dilation, taps, stride in zip(
+            (height, width), pads[:2], pads[2:], dilations, kernel, strides, strict=True
+        )
+    ]
+    taps = [
+        emit(
+            relax.op.strided_slice(
+                x,
+                [2, 3],
+                [i * dilations[0], j * dilations[1]],
+                [
+                    i * dilations[0] + (size[0] - 1) * strides[0] + 1,
+                    j * dilations[1] + (size[1] - 1) * strides[1] + 1,
+                ],
+                strides,
+            )
+        )
+        for i in range(kernel[0])
+        for j in range(kernel[1])
+    ]
+    stacked = emit(relax.op.stack(taps, 2)) if len(taps) > 1 else taps[0]
+    columns = channels * len(taps)
+    flat = emit(relax.op.reshape(stacked, (batch, columns, size[0] * size[1])))
+    rows = emit(relax.op.permute_dims(flat, [0, 2, 1]))
+    return emit(relax.op.reshape(rows, (batch * size[0] * size[1], columns))), batch, *size
+
+
+def _linear(builder: _Builder, node: ir.Node) -> Expr:
+    """A product with a float matrix, which is too small to be planned: transposed when packed."""
+    weight = node.inputs[1]
+    assert weight is not None
+    return relax_matmul(builder, builder.tensor(node.inputs[0]), builder.constant(weight))
+
+
+def relax_matmul(builder: _Builder, x: Expr, weight: Expr) -> Expr:
+    """``x @ weight.T`` in Relax."""
+    transposed = builder.scope.emit(relax.op.permute_dims(weight))
+    return builder.scope.emit(relax.op.matmul(x, transposed))
+
+
+def _reshape(builder: _Builder, node: ir.Node) -> Any:
+    """Splitting the columns of a view into heads keeps it a view."""
+    view, target = builder.views.get(node.inputs[0]), builder.scope.known(node.inputs[1])
+    if view is None or view.parts or target is None:
+        return builder.scope.emit(_plain_reshape(builder, node))
+    shape = resolve_reshape(builder.scope, view.shape, target)
+    rank = len(shape_of(view.wide))
+    if len(shape) != rank + 1 or not isinstance(shape[-2], int):
+        return builder.scope.emit(_plain_reshape(builder, node))
+    return [_View(view.wide, view.columns, view.width, shape[-2])]
+
+
+def _plain_reshape(builder: _Builder, node: ir.Node) -> Expr:
+    builder.tensor(node.inputs[0])
+    return OPERATORS["Reshape"](builder.scope, node)
+
+
+def _norm(builder: _Builder, node: ir.Node) -> Expr:
+    """RMSNormalization or LayerNormalization over the last axis; heads of a view in place."""
+    x = node.inputs[0]
+    eps = float(node.attributes.get_float("epsilon", 1e-5) or 1e-5)
+    view = builder.views.get(x)
+    if view is not None:
+        wide, columns, shape = view.wide, view.columns, view.shape
+        parts, size = max(view.parts, 1), shape[-1]
+    else:
+        wide = builder.tensor(x)
+        shape = shape_of(wide)
+        parts, size, columns = 1, int(shape[-1]), None
+    if not _last_axis_only(node, len(shape)):
+        raise UnsupportedError(f"{graph.describe(node)} normalizes more than the last axis")
+    runs = cpu_norm.Runs(size, parts, len(shape_of(wide)), columns)
+    out = (*shape_of(wide)[:-1], parts * size)
+    scale = builder.constant(node.inputs[1])
+    if node.op_type == "RMSNormalization":
+        y = builder.call(
+            builder.kernel(cpu_norm.rms_norm, runs, eps, builder.simd), [wide, scale], out
+        )
+    else:
+        zero = relax.const(np.zeros(size, np.float32))
+        bias = builder.constant(node.inputs[2]) if len(node.inputs) > 2 else zero
+        kernel = builder.kernel(cpu_norm.layer_norm, runs, eps, builder.simd)
+        y = builder.call(kernel, [wide, scale, bias], out)
+    return builder.scope.emit(relax.op.reshape(y, shape)) if view is not None else y
+
+
+def _last_axis_only(node: ir.Node, rank: int) -> bool:
+    return int(node.attributes.get_int("axis", -1) or 0) % rank == rank - 1
+
+
+def _softmax(builder: _Builder, node: ir.Node) -> Expr:
+    x = builder.tensor(node.inputs[0])
+    shape = shape_of(x)
+    if not _last_axis_only(node, len(shape)):
+        return builder.scope.emit(OPERATORS["Softmax"](builder.scope, node))
+    size = shape[-1] if isinstance(shape[-1], int) else 0
+    kernel = builder.kernel(cpu_norm.softmax, cpu_norm.Runs(size, 1, len(shape)), builder.simd)
+    return builder.call(kernel, [x], shape)
+
+
+def _rotary(builder: _Builder, node: ir.Node) -> Expr:
+    """RotaryEmbedding on [batch, seq, heads * dim] with cosines and sines a position."""
+    heads = int(node.attributes.get_int("num_heads", 0) or 0)
+    if not heads or node.attributes.get_int("interleaved", 0) or len(node.inputs) > 3:
+        raise UnsupportedError(f"{graph.describe(node)}: this form of it is not supported")
+    x, columns = builder.source(node.inputs[0])
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    assert shape is not None
+    width = int(shape[-1])  # type: ignore[arg-type]
+    rotated = int(node.attributes.get_int("rotary_embedding_dim", 0) or 0)
+    knobs = (heads, width // heads, rotated, columns, builder.simd)
+    cos, sin = (builder.tensor(v) for v in node.inputs[1:3])
+    kernel = builder.kernel(cpu_attention.rotary, *knobs)
+    return builder.call(kernel, [x, cos, sin], (*shape_of(x)[:-1], width))
+
+
+def _cached_attention(builder: _Builder, node: ir.Node) -> list[Any]:
+    """Append to the caches in place, then attend to them."""
+    scope, attributes = builder.scope, node.attributes
+    (q, q_at), (k, k_at), (v, v_at) = (builder.source(x) for x in node.inputs[:3])
+    past, keys, values = (scope.tensor(x) for x in node.inputs[3:6])
+    _, kv_heads, _, dim = shape_of(keys)
+    heads = int(attributes["num_heads"].as_int())
+    window = int(attributes["window"].as_int())
+    attention = cpu_attention.Attention(
+        heads,
+        kv_heads,
+        dim,
+        attributes["scale"].as_float(),
+        window=0 if window == NO_WINDOW else window,
+        softcap=attributes["softcap"].as_float(),
+        q=q_at,
+        k=k_at,
+        v=v_at,
+    )
+    dtype = keys.ty.dtype
+    append = builder.kernel(cpu_attention.append, attention, dtype, builder.simd)
+    caches = scope.emit(
+        relax.op.call_tir_inplace(append, [k, v, past, keys, values], [3, 4], [keys.ty, values.ty])
+    )
+    keys, values = (scope.emit(relax.TupleGetItem(caches, i)) for i in range(2))
+    attend = builder.kernel(cpu_attention.attend, attention, dtype, builder.simd)
+    out = builder.call(attend, [q, past, keys, values], (*shape_of(q)[:-1], heads * dim))
+    return [out, keys, values]
+
+
+def _attention(builder: _Builder, node: ir.Node) -> Expr:
+    """Attention without a cache, over all keys that its mask lets through."""
+    heads = int(node.attributes.get_int("q_num_heads", 0) or 0)
+    kv_heads = int(node.attributes.get_int("kv_num_heads", 0) or 0)
+    if not heads or len([v for v in node.inputs if v is not None]) > 4 or len(node.outputs) > 1:
+        raise UnsupportedError(f"{graph.describe(node)}: this form of it is not supported")
+    (q, q_at), (k, k_at), (v, v_at) = (builder.source(x) for x in node.inputs[:3])
+    q_value = node.inputs[0]
+    assert q_value is not None and q_value.shape is not None
+    dim = int(q_value.shape[-1]) // heads  # type: ignore[arg-type]
+    attention = cpu_attention.Attention(
+        heads,
+        kv_heads,
+        dim,
+        float(node.attributes.get_float("scale", dim**-0.5) or dim**-0.5),
+        causal=bool(node.attributes.get_int("is_causal", 0)),
+        softcap=float(node.attributes.get_float("softcap", 0.0) or 0.0),
+        q=q_at,
+        k=k_at,
+        v=v_at,
+    )
+    args, mask = [q, k, v], None
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        tensor = builder.tensor(node.inputs[3])
+        shape = shape_of(tensor)
+        if len(shape) != 4:
+            raise UnsupportedError(f"{graph.describe(node)}: a mask of rank {len(shape)}")
+        mask = cpu_attention.Mask(tensor.ty.dtype, shape[1] != 1, shape[2] != 1)
+        args.append(tensor)
+    kernel = builder.kernel(cpu_attention.attend_all, attention, mask, builder.simd)
+    return builder.call(kernel, args, (*shape_of(q)[:-1], heads * dim))
+
+
+FUSED: Final[Mapping[tuple[str, str], Callable[[_Builder, ir.Node], Any]]] = {
+    (graph.DOMAIN, "MixedLinear"): _mixed_linear,
+    (graph.DOMAIN, "MixedGather"): _mixed_gather,
+    (graph.DOMAIN, "MixedConv"): _mixed_conv,
+    (graph.DOMAIN, "Linear"): _linear,
+    (graph.DOMAIN, "CachedAttention"): _cached_attention,
+    ("", "Attention"): _attention,
+    ("", "LayerNormalization"): _norm,
+    ("", "RMSNormalization"): _norm,
+    ("", "Reshape"): _reshape,
+    ("", "RotaryEmbedding"): _rotary,
+    ("", "Softmax"): _softmax,
+}
+"""Operators that have kernels of our own; ``relax_ops.OPERATORS`` has the others."""
+
+
+def phases(target: Any) -> dict[str, list[Any]]:
+    """TVM's passes in the order in which they run, by phase."""
+    transform = relax.transform
+    return {
+        "legalize": [transform.LegalizeOps(), transform.AnnotateTIROpPattern()],
+        "fuse": [transform.FoldConstant(), transform.FuseOps(), transform.FuseTIR()],
+        "lower": [
+            transform.RewriteDataflowReshape(),
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            transform.AttachGlobalSymbol(),
+        ],
+    }
+
+
+def build(lowered: Lowered, target: Target, library: Path) -> None:
+    """Compile a lowered module to a shared library."""
+    tvm_target = tvm.target.Target(dict(target.tvm))
+    passes = [step for phase in phases(tvm_target).values() for step in phase]
+    with tvm_target:
+        program = tvm.compile(
+            lowered.module, target=tvm_target, relax_pipeline=tvm.transform.Sequential(passes)
+        )
+    program.export_library(str(library))

@@ -1,0 +1,274 @@
+"""Running a compiled program: TVM's runtime library, the mapped weights, and the caches.
+
+How a compiled module is called, where ``weights`` is a tuple in the manifest's order:
+
+* a "graph": ``main(*inputs, weights)`` gives its output, or a tuple of them;
+* a "decoder": ``main(input_ids, position_ids, past, logit_positions, caches, weights)`` gives
+  logits. ``input_ids`` and ``position_ids`` are int64 [batch, seq], ``past`` is int64 [1], the
+  tokens already in the caches, and ``logit_positions`` int64 [n], which of the seq get logits:
+  float32 [batch, n, vocabulary]. ``caches`` is a tuple key0, value0, key1, ... of tensors
+  [batch, kv_heads, capacity, head_dim] that belong to the caller and are updated in place.
+"""
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, Self, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from mxcompile import artifact as artifacts
+from mxcompile import target, weights
+from mxcompile.artifact import Artifact, TensorSpec
+from mxcompile.errors import ArtifactError, UsageError
+
+CHUNK: Final = 256
+"""Tokens of a prompt that are run at once: enough to reuse each weight, and no more memory."""
+
+FIRST_CAPACITY: Final = 512
+"""Tokens that a new session's caches hold before they grow."""
+
+_CPU: Final = 1  # DLPack's number of the device
+_POOLED: Final = 2  # TVM's number of the allocator that keeps freed memory
+_SHARE_CORES: Final = -3  # TVM's affinity mode in which no thread is bound to one core
+
+
+@functools.cache
+def _ffi() -> Any:
+    """TVM's foreign function interface with TVM's runtime library, and nothing more.
+
+    ``import tvm`` would load the compiler too, and tvm_ffi imports torch wherever it is
+    installed: 2 seconds and 400 MB that running a model has no use for.
+    """
+    if "torch" in sys.modules or "tvm_ffi" in sys.modules:
+        ffi = importlib.import_module("tvm_ffi")
+    else:
+        sys.modules["torch"] = None  # type: ignore[assignment] # makes the import fail
+        try:
+            ffi = importlib.import_module("tvm_ffi")
+        finally:
+            del sys.modules["torch"]
+    package = importlib.util.find_spec("tvm")
+    if package is None or package.submodule_search_locations is None:
+        raise ArtifactError("apache-tvm is not installed")
+    library = Path(package.submodule_search_locations[0]) / "lib" / "libtvm_runtime.so"
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    return ffi
+
+
+def cores() -> int:
+    """The physical cores that this process may use."""
+    siblings = set()
+    for cpu in os.sched_getaffinity(0):
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text() if path.is_file() else str(cpu))
+    return len(siblings)
+
+
+def set_threads(count: int) -> None:
+    """Run the kernels of this process on ``count`` threads from now on.
+
+    Raises:
+        UsageError: the process may not use so many CPUs.
+    """
+    cpus = sorted(os.sched_getaffinity(0))
+    if not 1 <= count <= len(cpus):
+        raise UsageError(f"{count} threads: this process can use 1 to {len(cpus)}")
+    # The list gives the pool a worker a CPU (by itself it makes half as many) and lets the workers
+    # move, so that two programs with a thread each do not both sit on the first core.
+    _ffi().get_global_func("runtime.config_threadpool")(_SHARE_CORES, count, [str(c) for c in cpus])
+
+
+def aligned(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+    """Zeros that begin where kernels may use vector loads."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + weights.ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % weights.ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def to_tensor(array: NDArray[Any]) -> Any:
+    """A TVM tensor on the memory of ``array``, or on a copy if that is not aligned."""
+    if array.ctypes.data % weights.ALIGNMENT or not array.flags.c_contiguous:
+        copy = aligned(array.shape, array.dtype)
+        copy[...] = array
+        array = copy
+    return _ffi().from_dlpack(array, require_alignment=weights.ALIGNMENT, require_contiguous=True)
+
+
+class Program:
+    """A loaded artifact, ready to be called."""
+
+    def __init__(self, artifact: Artifact, main: Any, bound: Any) -> None:
+        self.artifact = artifact
+        self.manifest = artifact.manifest
+        self._main = main
+        self._weights = bound
+
+    @classmethod
+    def load(cls, folder: Path, threads: int | None = None) -> Self:
+        """Load the artifact in ``folder``; its weights are mapped, not read.
+
+        Args:
+            folder: an artifact.
+            threads: how many; None for one a physical core.
+
+        Raises:
+            ArtifactError: it is damaged, or was made for another machine.
+        """
+        artifact = artifacts.load(folder)
+        artifacts.check_host(artifact, target.host_features())
+        set_threads(cores() if threads is None else threads)
+        found = weights.read(folder / artifacts.WEIGHTS)
+        try:
+            bound = _ffi().Array([to_tensor(found[name]) for name in artifact.manifest.weights])
+        except KeyError as error:
+            raise ArtifactError(f"{artifacts.WEIGHTS} has no tensor {error}") from error
+        library = _ffi().load_module(str((folder / artifacts.CODE).absolute()))
+        machine = library.get_function("vm_load_executable")()
+        machine.get_function("vm_initialization")(_CPU, 0, _POOLED)
+        return cls(artifact, machine.get_function("main"), bound)
+
+    def call(self, *arguments: Any) -> Any:
+        """Call the program on TVM tensors; the weights are added."""
+        return self._main(*arguments, self._weights)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run on arrays by name; a decoder starts with empty caches and gives all logits.
+
+        Raises:
+            UsageError: the names, types or shapes are not what the program takes.
+        """
+        if self.manifest.kind == artifacts.DECODER:
+            check_feeds(feeds, (TensorSpec("input_ids", "int64", (1, "seq")),))
+            return {"logits": Session(self).feed(feeds["input_ids"][0], "all")[None]}
+        check_feeds(feeds, self.manifest.inputs)
+        found = self.call(*(to_tensor(feeds[spec.name]) for spec in self.manifest.inputs))
+        results = [found] if len(self.manifest.outputs) == 1 else list(found)
+        names = [spec.name for spec in self.manifest.outputs]
+        return {name: np.from_dlpack(value) for name, value in zip(names, results, strict=True)}
+
+
+def check_feeds(feeds: Mapping[str, NDArray[Any]], specs: Sequence[TensorSpec]) -> None:
+    """Compare arrays with what a program takes.
+
+    Raises:
+        UsageError: they differ; the text lists what is taken.
+    """
+    expected = "; expected " + ", ".join(map(str, specs))
+    if wrong := feeds.keys() ^ {spec.name for spec in specs}:
+        raise UsageError(f"inputs missing or unknown: {', '.join(sorted(wrong))}{expected}")
+    sizes: dict[int | str, int] = {}
+    for spec in specs:
+        array = feeds[spec.name]
+        fits = len(spec.shape) == array.ndim and all(
+            size == (dim if isinstance(dim, int) else sizes.setdefault(dim, size))
+            for dim, size in zip(spec.shape, array.shape, strict=True)
+        )
+        if array.dtype != spec.dtype or not fits:
+            found = TensorSpec(spec.name, str(array.dtype), array.shape)
+            raise UsageError(f"input {found} does not fit{expected}")
+
+
+class Session:
+    """A decoder with the caches of one sequence."""
+
+    def __init__(self, program: Program, max_length: int | None = None) -> None:
+        manifest = program.manifest
+        if manifest.kv_cache is None or manifest.generation is None:
+            raise UsageError(f"{program.artifact.folder} is not a language model")
+        limit = manifest.generation.max_position_embeddings
+        if max_length is not None and not 1 <= max_length <= limit:
+            raise UsageError(f"a context of {max_length} tokens: the model takes 1 to {limit}")
+        self.max_length = max_length or limit
+        self.vocabulary = manifest.generation.vocabulary
+        self.length = 0
+        self._program = program
+        self._dtype = np.dtype(manifest.kv_cache.dtype)
+        self._layers = manifest.kv_cache.layers
+        self._capacity = 0
+        self._arrays: list[NDArray[Any]] = []
+        self._caches: Any = None
+        self._inputs = _Inputs(1)
+
+    def feed(
+        self, tokens: ArrayLike, logits: Literal["last", "all"] = "last"
+    ) -> NDArray[np.float32]:
+        """Run ``tokens`` after those already in the caches.
+
+        Returns:
+            The logits after the last token, or after each one: [1 or tokens, vocabulary]. They
+            may share memory with the program's: use or copy them before the next call.
+
+        Raises:
+            UsageError: the context is full, or a token is not of the vocabulary.
+        """
+        ids = np.asarray(tokens, np.int64).reshape(-1)
+        if ids.size == 0:
+            raise UsageError("no tokens to run")
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            raise UsageError(f"a token is not between 0 and {self.vocabulary - 1}")
+        if (need := self.length + ids.size) > self.max_length:
+            raise UsageError(f"{need} tokens do not fit the context of {self.max_length}")
+        self._reserve(need)
+        found = [self._step(ids[at : at + CHUNK], logits) for at in range(0, ids.size, CHUNK)]
+        return found[-1] if logits == "last" or len(found) == 1 else np.concatenate(found)
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        self.length = min(self.length, max(length, 0))
+
+    def _step(self, ids: NDArray[np.int64], logits: str) -> NDArray[np.float32]:
+        if ids.size != self._inputs.size:
+            self._inputs = _Inputs(ids.size)
+        arguments = self._inputs.fill(ids, self.length, logits)
+        result = self._program.call(*arguments, self._caches)
+        self.length += ids.size
+        found: NDArray[Any] = np.from_dlpack(result)
+        return cast(NDArray[np.float32], found[0])
+
+    def _reserve(self, need: int) -> None:
+        """Make room for ``need`` tokens; the room doubles, so that its cost stays in proportion."""
+        if need <= self._capacity:
+            return
+        capacity = max(2 * self._capacity, FIRST_CAPACITY)
+        while capacity < need:
+            capacity *= 2
+        self._capacity = min(capacity, self.max_length)
+        kept, self._arrays, self._caches = self._arrays, [], None
+        for index in range(2 * len(self._layers)):
+            layer = self._layers[index // 2]
+            shape = (1, layer.kv_heads, self._capacity, layer.head_dim)
+            array = aligned(shape, self._dtype)
+            if kept:
+                array[:, :, : self.length] = kept[index][:, :, : self.length]
+                kept[index] = np.empty(0)  # frees the old one before the next is made
+            self._arrays.append(array)
+        self._caches = _ffi().Array([to_tensor(array) for array in self._arrays])
+
+
+class _Inputs:
+    """The small inputs of a step of ``size`` tokens, made once and refilled."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._ids, self._positions = aligned((1, size), np.int64), aligned((1, size), np.int64)
+        self._past = aligned((1,), np.int64)
+        self._all, self._last = aligned((size,), np.int64), aligned((1,), np.int64)
+        self._all[:], self._last[:] = np.arange(size), size - 1
+        shared = (self._ids, self._positions, self._past)
+        self._tensors = tuple(map(to_tensor, shared))
+        self._selections = {"all": to_tensor(self._all), "last": to_tensor(self._last)}
+
+    def fill(self, ids: NDArray[np.int64], past: int, logits: str) -> tuple[Any, ...]:
+        """The tensors for ``ids`` after ``past`` others."""
+        self._ids[0], self._past[0] = ids, past
+        self._positions[0] = np.arange(past, past + self.size)
+        return *self._tensors, self._selections[logits]

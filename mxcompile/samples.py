@@ -1,0 +1,118 @@
+"""Samples of a model's inputs: what calibration runs on, and other ones to verify with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from mxcompile import calibrate, graph
+from mxcompile.calibrate import Feed
+from mxcompile.errors import UnsupportedError, UsageError
+from mxcompile.text import TextModel
+
+VERIFY_TOKENS: Final = 512
+"""Tokens that verification reads: enough to tell a broken kernel from rounding."""
+
+FREE_SIZE: Final = 64
+"""What a free dimension other than the batch is taken to be where nothing tells."""
+
+NOISE_SAMPLES: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Inputs for calibration, for its probes, and for verification.
+
+    ``texts`` are token windows for language models; ``verify`` are whole feeds for all others.
+    """
+
+    feeds: Sequence[Feed]
+    probes: Sequence[Feed]
+    verify: Sequence[Feed]
+    texts: Sequence[Sequence[int]] = ()
+
+    @classmethod
+    def find(cls, model: ir.Model, path: Path, given: Path | None) -> Self:
+        """Samples from ``given``, or what can be had without it.
+
+        A model over tokens reads text with the tokenizer beside it: the file, or a broad text that
+        any machine has. Another model reads the arrays of an .npz file, one for each input with
+        samples along the first axis, or noise.
+
+        Raises:
+            UsageError: the file or the tokenizer cannot be read or does not fit the model.
+        """
+        if any(v.name == "input_ids" for v in model.graph.inputs):
+            return cls._of_text(model, path, given)
+        feeds = _arrays(model, given) if given is not None else _noise(model)
+        return cls(feeds, feeds[:1], feeds[-1:])
+
+    @classmethod
+    def _of_text(cls, model: ir.Model, path: Path, given: Path | None) -> Self:
+        tokenizer = TextModel.beside(path.parent)
+        texts = calibrate.default_texts() if given is None else [_read(given)]
+        length, probe = calibrate.LENGTH, calibrate.PROBE_LENGTH
+        limit = _longest(model)
+        count = calibrate.SEQUENCES + VERIFY_TOKENS // length
+        rows = calibrate.text_tokens(tokenizer.encode, texts, count, min(length, limit))
+        held = rows[calibrate.SEQUENCES :] if len(rows) > calibrate.SEQUENCES else rows[-1:]
+        rows = rows[: calibrate.SEQUENCES]
+        probes = rows[: calibrate.PROBE_SEQUENCES, : min(probe, limit)]
+        return cls(
+            calibrate.token_feeds(model, rows),
+            calibrate.token_feeds(model, probes),
+            calibrate.token_feeds(model, held),
+            [row.tolist() for row in held],
+        )
+
+
+def _longest(model: ir.Model) -> int:
+    """The most tokens that a fixed sequence length or a position table leaves room for."""
+    (ids,) = (v for v in model.graph.inputs if v.name == "input_ids")
+    fixed = ids.shape[1] if ids.shape is not None and len(ids.shape) == 2 else None
+    return fixed if isinstance(fixed, int) else calibrate.LENGTH
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as text: {error}") from error
+
+
+def _arrays(model: ir.Model, path: Path) -> list[Feed]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays: Mapping[str, np.ndarray[Any, Any]] = {key: file[key] for key in file.files}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as .npz: {error}") from error
+    names = [graph.name(v) for v in model.graph.inputs]
+    if missing := [n for n in names if n not in arrays]:
+        raise UsageError(f"{path} lacks the inputs {', '.join(missing)}")
+    count = min(len(arrays[n]) for n in names)
+    return [
+        {n: torch.from_numpy(np.ascontiguousarray(arrays[n][i : i + 1])) for n in names}
+        for i in range(count)
+    ]
+
+
+def _noise(model: ir.Model) -> list[Feed]:
+    """Standard normal numbers; free dimensions are 1 for the first and ``FREE_SIZE`` for others."""
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(value: ir.Value) -> torch.Tensor:
+        if value.shape is None or value.dtype is None:
+            raise UnsupportedError(f"input '{value.name}' has no known shape; give samples for it")
+        shape = [
+            d if isinstance(d, int) else (1 if axis == 0 else FREE_SIZE)
+            for axis, d in enumerate(value.shape)
+        ]
+        if value.dtype == ir.DataType.FLOAT:
+            return torch.randn(shape, generator=generator)
+        return torch.ones(shape, dtype=torch.from_numpy(np.ones(0, value.dtype.numpy())).dtype)
+
+    return [{graph.name(v): sample(v) for v in model.graph.inputs} for _ in range(NOISE_SAMPLES)]

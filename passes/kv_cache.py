@@ -1,0 +1,227 @@
+"""Turn past and present tensors into caches that the caller owns and attention updates in place."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from mxcompile import graph
+from mxcompile.errors import UnsupportedError
+from mxcompile.pipeline import KV_DTYPES, Context, Pass
+
+NO_WINDOW = 2**31 - 1
+PROBE_LENGTH = 1 << 15
+"""A past longer than any sliding window; how much of it a query sees is the window."""
+
+CACHED_ATTENTION = """
+<opset_import: ["" : 23], domain: "mxcompile">
+CachedAttention <num_heads, kv_num_heads, scale, softcap, window> (q, k, v, past, key_cache, value_cache)
+    => (y, new_key, new_value)
+{
+    one = Constant <value_ints: ints = [1]> ()
+    two = Constant <value_ints: ints = [2]> ()
+    zero = Constant <value_ints: ints = [0]> ()
+    none = Constant <value_int: int = 0> ()
+    step = Constant <value_int: int = 1> ()
+    all = Constant <value_ints: ints = [2147483647]> ()
+    size = Shape <start: int = 3, end: int = 4> (key_cache)
+    heads = Shape <start: int = 1, end: int = 2> (key_cache)
+    lead = Shape <start: int = 0, end: int = 2> (k)
+    seq = Shape <start: int = 1, end: int = 2> (k)
+    total = Add (past, seq)
+    split = Concat <axis: int = 0> (lead, heads, size)
+    k_split = Reshape (k, split)
+    v_split = Reshape (v, split)
+    k_heads = Transpose <perm: ints = [0, 2, 1, 3]> (k_split)
+    v_heads = Transpose <perm: ints = [0, 2, 1, 3]> (v_split)
+    k_new = CastLike (k_heads, key_cache)
+    v_new = CastLike (v_heads, value_cache)
+    k_old = Slice (key_cache, zero, past, two)
+    v_old = Slice (value_cache, zero, past, two)
+    k_free = Slice (key_cache, total, all, two)
+    v_free = Slice (value_cache, total, all, two)
+    new_key = Concat <axis: int = 2> (k_old, k_new, k_free)
+    new_value = Concat <axis: int = 2> (v_old, v_new, v_free)
+    k_used = Slice (new_key, zero, total, two)
+    v_used = Slice (new_value, zero, total, two)
+    k_float = CastLike (k_used, q)
+    v_float = CastLike (v_used, q)
+    past_scalar = Squeeze (past)
+    seq_scalar = Squeeze (seq)
+    total_scalar = Squeeze (total)
+    query_offset = Range (none, seq_scalar, step)
+    query_row = Add (query_offset, past_scalar)
+    query = Unsqueeze (query_row, one)
+    key = Range (none, total_scalar, step)
+    window = Constant <value_int: int = @window> ()
+    first = Sub (query, window)
+    causal = LessOrEqual (key, query)
+    recent = Greater (key, first)
+    mask = And (causal, recent)
+    q_heads_count = Constant <value_int: int = @num_heads> ()
+    q_heads_vector = Unsqueeze (q_heads_count, zero)
+    q_shape = Concat <axis: int = 0> (lead, q_heads_vector, size)
+    q_split = Reshape (q, q_shape)
+    q_heads = Transpose <perm: ints = [0, 2, 1, 3]> (q_split)
+    y_heads = Attention <scale: float = @scale, softcap: float = @softcap> (q_heads, k_float, v_float, mask)
+    y_split = Transpose <perm: ints = [0, 2, 1, 3]> (y_heads)
+    merged = Shape (q)
+    y = Reshape (y_split, merged)
+}
+"""
+
+
+@dataclass(frozen=True)
+class KvCache(Pass):
+    """Replace ``past``/``present`` by caches [batch, kv heads, max length, head dim].
+
+    ``CachedAttention`` writes the new keys and values after the ``past`` (int64[1]) positions that
+    the caches hold, and attends causally to what is there, within a sliding window if the mask has
+    one. What a mask says is found by evaluating it, not by its spelling; a mask that depends on
+    anything but positions is refused. Sequences of a batch have one length: the padding mask goes.
+
+    Before: ``%y, %present = Attention(%q, %k, %v, %mask, %past_key, %past_value)``;
+    after: ``%y, %cache.next = mxcompile.CachedAttention(%q, %k, %v, %past, %cache_key, %cache_value)``.
+    """
+
+    name = "kv-cache"
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Rewrite all attention layers that read a past, or none."""
+        layers = [n for n in graph.select(model.graph, "Attention") if _has_past(n)]
+        if not layers:
+            return False
+        graph.define(model, CACHED_ATTENTION)
+        past = ir.Value(name="past", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape((1,)))
+        dtype = ir.DataType[KV_DTYPES[ctx.kv_dtype].upper()]
+        windows: dict[ir.Value | None, int] = {}
+        for node in layers:
+            mask = node.inputs[3]
+            if mask not in windows:
+                windows[mask] = _window(model, node, mask)
+            _rewrite(model, node, past, windows[mask], dtype)
+        graph.prune(model)
+        _replace_inputs(model, past)
+        return True
+
+
+def _has_past(node: ir.Node) -> bool:
+    past = [v for v in node.inputs[4:6] if v is not None]
+    return len(past) == 2 and all(v.is_graph_input() for v in past)
+
+
+def _window(model: ir.Model, node: ir.Node, mask: ir.Value | None) -> int:
+    """The sliding window of a mask, ``NO_WINDOW`` without one.
+
+    Raises:
+        UnsupportedError: the mask is not causal, with or without a window.
+    """
+    if mask is None:
+        raise UnsupportedError(f"{graph.describe(node)} reads a past without a mask")
+    inputs = [v for v in model.graph.inputs if any(u.node in _mask_nodes(mask) for u in v.uses())]
+    part = ir.convenience.extract(model.graph, inputs, [mask])
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(ir.Model(part, ir_version=10)).SerializeToString(), _quiet()
+    )
+    last = _evaluate(session, inputs, 1, PROBE_LENGTH)
+    window = int(last.sum())
+    span = min(window, 64)
+    for seq, past in ((7, 5), (5, 0), (span + 9, 3), (3, window if window < PROBE_LENGTH else 11)):
+        query, key = past + np.arange(seq)[:, None], np.arange(past + seq)[None]
+        expected = (key <= query) & (key > query - window)
+        if not np.array_equal(_evaluate(session, inputs, seq, past), expected):
+            raise UnsupportedError(
+                f"{graph.describe(node)} has a mask that is neither causal nor a sliding window"
+            )
+    return window if window <= PROBE_LENGTH else NO_WINDOW
+
+
+def _mask_nodes(mask: ir.Value) -> set[ir.Node]:
+    return set(graph.ancestors(mask, lambda v: False))
+
+
+def _quiet() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return options
+
+
+def _evaluate(
+    session: onnxruntime.InferenceSession, inputs: list[ir.Value], seq: int, past: int
+) -> np.ndarray:
+    """What [seq, past + seq] positions a mask lets through, for one unpadded sequence."""
+    sizes = {"batch": 1, "seq": seq, "past": past, "total": past + seq}
+    feeds: dict[str, np.ndarray] = {}
+    for value in inputs:
+        assert value.shape is not None and value.dtype is not None
+        shape = [d if isinstance(d, int) else sizes[str(d.value)] for d in value.shape]
+        if value.name == "position_ids":
+            feeds["position_ids"] = past + np.arange(seq, dtype=np.int64)[None]
+        else:
+            feeds[graph.name(value)] = np.ones(shape, value.dtype.numpy())
+    mask = session.run(None, feeds)[0]
+    allowed = mask if mask.dtype == np.bool_ else mask > -1e4
+    return np.broadcast_to(allowed, (1, 1, seq, past + seq))[0, 0]
+
+
+def _rewrite(
+    model: ir.Model, node: ir.Node, past: ir.Value, window: int, dtype: ir.DataType
+) -> None:
+    q, k, v, _, past_key, past_value = node.inputs[:6]
+    assert q is not None and q.shape is not None and past_key is not None and past_value is not None
+    heads = node.attributes.get_int("q_num_heads")
+    kv_heads = node.attributes.get_int("kv_num_heads")
+    assert past_key.shape is not None
+    size = past_key.shape[3]
+    if heads is None or kv_heads is None or not isinstance(size, int):
+        raise UnsupportedError(f"{graph.describe(node)}: head counts and size must be known")
+    attributes = {
+        "num_heads": heads,
+        "kv_num_heads": kv_heads,
+        "scale": float(node.attributes.get_float("scale", size**-0.5)),
+        "softcap": float(node.attributes.get_float("softcap", 0.0)),
+        "window": window,
+    }
+    caches = []
+    for value, old in ((past_key, node.outputs[1]), (past_value, node.outputs[2])):
+        cache = ir.Value(
+            name=graph.name(value).replace("past_key_values", "cache"),
+            type=ir.TensorType(dtype),
+            shape=ir.Shape(("batch", kv_heads, "max_length", size)),
+        )
+        model.graph.inputs.append(cache)
+        caches.append(cache)
+        old.name = f"{old.name}.replaced"
+    call = ir.node(
+        "CachedAttention", [q, k, v, past, *caches], attributes,
+        domain=graph.DOMAIN, num_outputs=3, name=node.name,
+    )  # fmt: skip
+    model.graph.insert_after(node, call)
+    for cache, fresh, old in zip(caches, call.outputs[1:], node.outputs[1:], strict=True):
+        fresh.name, fresh.type, fresh.shape = f"{cache.name}.next", cache.type, cache.shape
+        graph.replace_uses(model, old, fresh)
+    result, output = call.outputs[0], node.outputs[0]
+    result.type, result.shape, result.name = output.type, output.shape, output.name
+    output.name = f"{output.name}.replaced"
+    graph.replace_uses(model, output, result)
+    model.graph.remove(node, safe=True)
+
+
+def _replace_inputs(model: ir.Model, past: ir.Value) -> None:
+    """Drop the inputs that only masks and pasts read; put ``past`` before the caches.
+
+    Raises:
+        UnsupportedError: something else still needs them.
+    """
+    for value in list(model.graph.inputs):
+        label = graph.name(value)
+        if label == "attention_mask" or label.startswith("past_key_values"):
+            if value.uses():
+                reader = value.uses()[0].node
+                raise UnsupportedError(
+                    f"{graph.describe(reader)} needs '{label}' outside attention"
+                )
+            model.graph.inputs.remove(value)
+    first = next(i for i, v in enumerate(model.graph.inputs) if graph.name(v).startswith("cache."))
+    model.graph.inputs.insert(first, past)

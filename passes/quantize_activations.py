@@ -1,0 +1,85 @@
+"""Quantize annotated activations, a scale a token and group."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from mxcompile import graph
+from mxcompile.errors import UnsupportedError
+from mxcompile.formats import GROUP
+from mxcompile.pipeline import Context, Pass
+
+TINY = float(np.finfo(np.float32).tiny)
+"""Keeps the scale of an all-zero group from being zero."""
+
+
+@dataclass(frozen=True)
+class QuantizeActivations(Pass):
+    """Insert QuantizeLinear and DequantizeLinear with scales that are found at run time.
+
+    Symmetric int8 in groups of 32 along the last axis, scale = max |x| / 127. A last axis that is
+    no multiple of 32 is padded before and cut after.
+
+    Before: ``Linear(%x, %w)``; after: ``Linear(%x.dq, %w)`` with
+    ``%x.dq = DequantizeLinear(QuantizeLinear(%x, %x.scale), %x.scale)``.
+    """
+
+    name = "quantize-activations"
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Let the linear layers that read an annotated value read its quantized form."""
+        annotated = [
+            v
+            for v in graph.values(model)
+            if graph.scheme_of(v) is not None and not v.is_initializer()
+        ]
+        for value in annotated:
+            readers = [u.node for u in value.uses() if u.node.op_type == "Linear"]
+            quantized = _quantize(model, value)
+            for node in readers:
+                node.replace_input_with(0, quantized)
+        return bool(annotated)
+
+
+def _quantize(model: ir.Model, value: ir.Value) -> ir.Value:
+    if value.shape is None or not isinstance(value.shape[-1], int):
+        raise UnsupportedError(f"{value.name} has no known last dimension: {value.shape}")
+    width, rank, base = value.shape[-1], len(value.shape), graph.name(value)
+    last: ir.Node | None = value.producer()
+
+    def add(
+        op: str, inputs: list[ir.Value], suffix: str, **attributes: int | list[int]
+    ) -> ir.Value:
+        nonlocal last
+        result = graph.node_after(
+            last, model, op, inputs, f"{base}.{suffix}", attributes=attributes
+        )
+        last = result.producer()
+        return result
+
+    def ints(suffix: str, numbers: list[int]) -> ir.Value:
+        return graph.constant(model, f"{base}.{suffix}", np.array(numbers, np.int64))
+
+    def scalar(suffix: str, number: float) -> ir.Value:
+        return graph.constant(model, f"{base}.{suffix}", np.array(number, np.float32))
+
+    padding = -width % GROUP
+    source = value
+    if padding:
+        source = add("Pad", [value, ints("pads", [0] * (2 * rank - 1) + [padding])], "padded")
+    by_group = ints("by_group", [0] * (rank - 1) + [-1, GROUP])
+    magnitude = add("Abs", [add("Reshape", [source, by_group], "groups")], "magnitude")
+    peak = add("ReduceMax", [magnitude, ints("last", [-1])], "peak", keepdims=0)
+    floored = add("Max", [peak, scalar("tiny", TINY)], "floored")
+    scale = add("Div", [floored, scalar("steps", 127.0)], "scale")
+    code = add(
+        "QuantizeLinear", [source, scale], "q",
+        axis=-1, block_size=GROUP, output_dtype=ir.DataType.INT8.value,
+    )  # fmt: skip
+    result = add("DequantizeLinear", [code, scale], "dq", axis=-1, block_size=GROUP)
+    if padding:
+        bounds = [ints("from", [0]), ints("to", [width]), ints("axis", [-1])]
+        result = add("Slice", [result, *bounds], "dq.cut")
+    result.type, result.shape = value.type, value.shape
+    return result

@@ -1,0 +1,767 @@
+"""Attention over a caller-owned cache, attention without one, and rotary embedding, for CPUs.
+
+Two ways to walk the keys share all conventions. ``_stream`` serves decoding: the query heads of one
+position that share a key head meet each key once, straight from the cache. ``_tile`` serves
+prefill: a block of query rows meets a block of transposed keys, as a matrix product. Both keep a
+running maximum and sum per row (online softmax), so memory does not grow with the context.
+
+Operands come row-major as matmuls leave them, (batch, seq, columns), and may be columns of a wider
+buffer; caches are (batch, kv head, max, dim). Beyond ``past + seq`` a cache is neither read nor
+written. Paged caches and ragged batches are left out: an edge device serves one sequence, and a
+batch advances in step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx.script.builder import ir as T
+
+from mxcompile.targets.cpu_norm import (
+    LOWEST,
+    SERIAL_FLOATS,
+    Columns,
+    Simd,
+    build,
+    exp,
+    fold,
+    hold,
+    int64,
+    load,
+    param,
+    registers,
+    scratch,
+    splat,
+    spread,
+    store,
+    sweep,
+    symbol,
+    unravel,
+)
+
+_SPAN = 128  # keys whose scores _stream holds at a time
+_ROWS = 48  # query rows that _tile holds, about
+_KEYS = 64  # keys that _tile holds
+_SPLIT = 64  # fewer keys than this are not worth a thread of their own
+_SERIAL_MACS = 1 << 16  # less work than this is not worth a thread launch
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """``out = softmax(scale * q k^T + mask) v``, ``heads / kv_heads`` query heads for each kv head.
+
+    A causal query sees the keys up to its own position, and of those the last ``window`` if that
+    is not 0. ``softcap`` c, if not 0, replaces a score s by ``c * tanh(s / c)``. ``q``, ``k`` and
+    ``v`` say where the operands lie; by default each in a buffer of its own.
+    """
+
+    heads: int
+    kv_heads: int
+    dim: int
+    scale: float
+    causal: bool = True
+    window: int = 0
+    softcap: float = 0.0
+    q: Columns | None = None
+    k: Columns | None = None
+    v: Columns | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a kv head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """A mask (batch, heads or 1, queries or 1, keys): float32 is added, bool true keeps a key."""
+
+    dtype: str = "float32"
+    per_head: bool = False
+    per_query: bool = False
+
+
+Read = Callable[[int | Expr, int], Expr]
+"""Load float32 from (column, lanes) of some row."""
+Write = Callable[[int | Expr, Expr], None]
+"""Store a vector to a column and after of some row."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """One kv head of one sequence: where its rows come from and go to.
+
+    ``query`` and ``put`` take a position and a member of the group; ``bias`` gives
+    their mask by key. Query position i stands at key position ``past + i``.
+    """
+
+    query: Callable[[Expr, Expr | int], Read]
+    key: Callable[[Expr], Read]
+    value: Callable[[Expr], Read]
+    put: Callable[[Expr, Expr | int], Write]
+    bias: Callable[[Expr, Expr], Callable[[Expr], Expr]] | None
+    past: Expr
+    keys: Expr
+
+
+# --- kernels ---
+
+
+def append(attention: Attention, dtype: str, simd: Simd) -> tirx.PrimFunc:
+    """Make ``(k, v, past, keys, values)``: write k and v to the caches at ``past`` and after."""
+    a = attention
+
+    def body() -> None:
+        batch, seq, longest = symbol("batch"), symbol("seq"), symbol("longest")
+        k = param("k", (batch, seq, _columns(a.k, a.kv_heads, a.dim).width))
+        v = param("v", (batch, seq, _columns(a.v, a.kv_heads, a.dim).width))
+        past = param("past", (1,), "int64")
+        keys, values = (
+            param(name, (batch, a.kv_heads, longest, a.dim), dtype) for name in ("keys", "values")
+        )
+
+        def one(index: Expr) -> None:
+            b, i, h = unravel(index, [batch, seq, int64(a.kv_heads)])
+            key = _rows(k, b, a.k, h, a.dim)(i, 0)
+            value = _rows(v, b, a.v, h, a.dim)(i, 0)
+
+            def copy(c: int | Expr, lanes: int, _: int) -> None:
+                store(keys, _cast(key(c, lanes), dtype), b, h, past[0] + i, c)
+                store(values, _cast(value(c, lanes), dtype), b, h, past[0] + i, c)
+
+            sweep(a.dim, simd, copy)
+
+        with T.sblock("root"):
+            count = batch * seq * a.kv_heads
+            spread(count, count * (2 * a.dim) < SERIAL_FLOATS, one)
+
+    return build(body)
+
+
+def attend(attention: Attention, dtype: str, simd: Simd) -> tirx.PrimFunc:
+    """Make ``(q, past, keys, values, out)``: attend to caches that hold the queries' own keys."""
+    a = attention
+
+    def body() -> None:
+        batch, seq, longest = symbol("batch"), symbol("seq"), symbol("longest")
+        q = param("q", (batch, seq, _columns(a.q, a.heads, a.dim).width))
+        past = param("past", (1,), "int64")
+        keys, values = (
+            param(name, (batch, a.kv_heads, longest, a.dim), dtype) for name in ("keys", "values")
+        )
+        out = param("out", (batch, seq, a.heads * a.dim))
+
+        def head(b: Expr, h: Expr) -> _Head:
+            return _Head(
+                query=_rows(q, b, a.q, h * a.group, a.dim),
+                key=_cached(keys, b, h),
+                value=_cached(values, b, h),
+                put=_writer(out, b, h * a.group, a.dim),
+                bias=None,
+                past=hold(past[0]),
+                keys=hold(past[0] + seq),
+            )
+
+        with T.sblock("root"):
+            total = past[0] + seq
+            with T.If(seq * a.group <= 2 * _row_tile(simd)):
+                with T.Then():
+                    _decode(a, simd, batch, seq, total, head)
+                with T.Else():
+                    _prefill(a, simd, batch, seq, total, head)
+
+    return build(body)
+
+
+def attend_all(attention: Attention, mask: Mask | None, simd: Simd) -> tirx.PrimFunc:
+    """Make ``(q, k, v, [mask,] out)``: attend to all of k and v, which are not cached."""
+    a = attention
+
+    def body() -> None:
+        batch, seq, total = symbol("batch"), symbol("seq"), symbol("total")
+        q = param("q", (batch, seq, _columns(a.q, a.heads, a.dim).width))
+        k = param("k", (batch, total, _columns(a.k, a.kv_heads, a.dim).width))
+        v = param("v", (batch, total, _columns(a.v, a.kv_heads, a.dim).width))
+        if mask:
+            heads, queries = a.heads if mask.per_head else 1, seq if mask.per_query else 1
+            weights = param("mask", (batch, heads, queries, total), mask.dtype)
+        out = param("out", (batch, seq, a.heads * a.dim))
+
+        def head(b: Expr, h: Expr) -> _Head:
+            key, value = (_rows(s, b, at, h, a.dim) for s, at in ((k, a.k), (v, a.v)))
+
+            def bias(i: Expr, g: Expr) -> Callable[[Expr], Expr]:
+                at = h * a.group + g if mask and mask.per_head else int64(0)
+                row = i if mask and mask.per_query else int64(0)
+                if mask and mask.dtype == "bool":
+                    hidden = T.float32(LOWEST / 2)
+                    return lambda j: T.Select(weights[b, at, row, j], T.float32(0.0), hidden)
+                return lambda j: weights[b, at, row, j]
+
+            return _Head(
+                query=_rows(q, b, a.q, h * a.group, a.dim),
+                key=lambda j: key(j, 0),
+                value=lambda j: value(j, 0),
+                put=_writer(out, b, h * a.group, a.dim),
+                bias=bias if mask else None,
+                past=int64(0),
+                keys=total,
+            )
+
+        with T.sblock("root"):
+            _prefill(a, simd, batch, seq, total, head)
+
+    return build(body)
+
+
+def rotary(heads: int, dim: int, rotated: int, source: Columns | None, simd: Simd) -> tirx.PrimFunc:
+    """Make ``(x, cos, sin, y)``: turn the first ``rotated`` columns (0: all) of each head.
+
+    As in ONNX RotaryEmbedding-23 with interleaved=0; cos and sin are (batch, seq, rotated / 2).
+    """
+    half = (rotated or dim) // 2
+
+    def body() -> None:
+        batch, seq = symbol("batch"), symbol("seq")
+        x = param("x", (batch, seq, _columns(source, heads, dim).width))
+        cos, sin = (param(name, (batch, seq, half)) for name in ("cos", "sin"))
+        y = param("y", (batch, seq, heads * dim))
+
+        def one(index: Expr) -> None:
+            b, i, h = unravel(index, [batch, seq, int64(heads)])
+            read = _rows(x, b, source, h, dim)(i, 0)
+
+            def turn(c: int | Expr, lanes: int, _: int) -> None:
+                low, high = (hold(read(c + o, lanes)) for o in (0, half))
+                turn_c, turn_s = (hold(load(t, b, i, c, lanes=lanes)) for t in (cos, sin))
+                store(y, low * turn_c - high * turn_s, b, i, h * dim + c)
+                store(y, high * turn_c + low * turn_s, b, i, h * dim + half + c)
+
+            def keep(c: int | Expr, lanes: int, _: int) -> None:
+                store(y, read(c + 2 * half, lanes), b, i, h * dim + 2 * half + c)
+
+            sweep(half, simd, turn, unroll=1)
+            sweep(dim - 2 * half, simd, keep)
+
+        with T.sblock("root"):
+            count = batch * seq * heads
+            spread(count, count * dim < SERIAL_FLOATS, one)
+
+    return build(body)
+
+
+# --- operands ---
+
+
+def _columns(place: Columns | None, heads: int, dim: int) -> Columns:
+    return place or Columns(heads * dim)
+
+
+def _rows(
+    buffer: Any, b: Expr, place: Columns | None, first: Expr, dim: int
+) -> Callable[[Expr, Expr | int], Read]:
+    """Read (batch, seq, columns) by position, head (counted from ``first``) and column in it."""
+    offset = place.offset if place else 0
+    return lambda i, g: lambda c, n: load(buffer, b, i, (first + g) * dim + offset + c, lanes=n)
+
+
+def _writer(buffer: Any, b: Expr, first: Expr, dim: int) -> Callable[[Expr, Expr | int], Write]:
+    return lambda i, g: lambda c, value: store(buffer, value, b, i, (first + g) * dim + c)
+
+
+def _cached(cache: Any, b: Expr, h: Expr) -> Callable[[Expr], Read]:
+    """Read (batch, head, max, dim) by position and column; here go the scales of other dtypes."""
+    return lambda j: lambda c, n: _cast(load(cache, b, h, j, c, lanes=n), "float32")
+
+
+def _cast(value: Expr, dtype: str) -> Expr:
+    lanes = value.ty.dtype.lanes
+    return T.Cast(f"{dtype}x{lanes}" if lanes > 1 else dtype, value)
+
+
+def _chunks(dim: int, lanes: int) -> list[tuple[int, int]]:
+    """Cut a head into vectors: (first column, columns); only the last may be short."""
+    return [(c, min(lanes, dim - c)) for c in range(0, dim, lanes)]
+
+
+def _padded(read: Read, chunk: tuple[Any, int], lanes: int) -> Expr:
+    """Load a chunk as a whole vector, zeros after a short one."""
+    start, width = chunk
+    if width == lanes:
+        return hold(read(start, lanes))
+    parts = [read(start + i, 1) for i in range(width)] + [T.float32(0.0)] * (lanes - width)
+    return hold(T.Shuffle(parts, list(range(lanes))))
+
+
+def _put(write: Write, chunk: tuple[int, int], value: Expr) -> None:
+    """Store the columns of a chunk that exist."""
+    start, width = chunk
+    if width == value.ty.dtype.lanes:
+        write(start, value)
+        return
+    value = hold(value)
+    for i in range(width):
+        write(start + i, T.Shuffle([value], [i]))
+
+
+# --- vectors ---
+
+
+def _sums(vectors: list[Expr]) -> Expr:
+    """Sum each of as many vectors as they have lanes; lane i of the result is the i-th sum.
+
+    Each level adds the even and odd parts of two vectors: first single lanes within 128 bits, which
+    is one shufps (x86) or uzp (ARM) each, then blocks of 128 bits.
+    """
+    lanes = len(vectors)
+    unit, inside = 1, 2 if lanes > 2 else 1
+    level = 0
+    while len(vectors) > 1:
+        unit = 1 if level < inside else 4
+        even, odd = _deal(lanes, unit)
+        vectors = [
+            hold(T.Shuffle([a, b], even) + T.Shuffle([a, b], odd))
+            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        level += 1
+    return vectors[0]
+
+
+def _deal(lanes: int, unit: int) -> tuple[list[int], list[int]]:
+    """List the even and the odd units of two vectors, for units of 1 within each 128 bits."""
+    span = min(4, lanes) if unit == 1 else lanes
+    picks: tuple[list[int], list[int]] = ([], [])
+    for odd in (0, 1):
+        for base in range(0, lanes, span):
+            for vector in (0, lanes):
+                for u in range(odd * unit, span, 2 * unit):
+                    picks[odd].extend(range(vector + base + u, vector + base + u + unit))
+    return picks
+
+
+def _transpose(rows: list[Expr]) -> list[Expr]:
+    """Transpose a square of vectors by swapping off-diagonal blocks of 1, 2, 4... lanes."""
+    lanes = len(rows)
+    size = 1
+    while size < lanes:
+        blocks = range(0, lanes, 2 * size)
+        picks = [
+            [v + b + half + i for b in blocks for v in (0, lanes) for i in range(size)]
+            for half in (0, size)
+        ]
+        for i in range(lanes):
+            if not i & size:
+                pair = [rows[i], rows[i + size]]
+                rows[i], rows[i + size] = (hold(T.Shuffle(pair, pick)) for pick in picks)
+        size *= 2
+    return rows
+
+
+# --- online softmax ---
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """Rows of queries, of scores against the current keys, and of output so far."""
+
+    q: Any
+    scores: Any
+    out: Any
+    peak: Any
+    total: Any
+    decay: Any
+
+
+def _state(a: Attention, simd: Simd, rows: int, keys: int) -> _State:
+    width = len(_chunks(a.dim, simd.lanes)) * simd.lanes
+    return _State(
+        scratch(rows, width),
+        scratch(rows, keys),
+        scratch(rows, width),
+        *(scratch(rows) for _ in range(3)),
+    )
+
+
+def _start(a: Attention, simd: Simd, state: _State, r: Expr, read: Read) -> None:
+    """Fill a row with its query, scaled, and an empty output."""
+    for chunk in _chunks(a.dim, simd.lanes):
+        store(state.q, _padded(read, chunk, simd.lanes) * T.float32(a.scale), r, chunk[0])
+        store(state.out, splat(0.0, simd.lanes), r, chunk[0])
+    store(state.peak, T.float32(LOWEST), r)
+    store(state.total, T.float32(0.0), r)
+
+
+def _weigh(
+    a: Attention,
+    simd: Simd,
+    state: _State,
+    r: Expr,
+    visible: tuple[Expr, Expr],
+    block: tuple[Expr, Expr],
+    bias: Callable[[Expr], Expr] | None,
+) -> None:
+    """Turn a row's scores against a block of keys (first, count) into weights.
+
+    Keys outside ``visible``, which counts from the first, get none.
+    """
+    lanes = simd.lanes
+    start, count = block
+    steps = hold(T.floordiv(count + (lanes - 1), lanes))
+    if a.softcap:
+        with T.serial(int64(0), steps) as step:
+            score = load(state.scores, r, step * lanes, lanes=lanes)
+            store(state.scores, _cap(a.softcap, score), r, step * lanes)
+    if bias:
+        with T.serial(int64(0), count) as j:
+            total = state.scores[r, j] + bias(start + j)
+            store(state.scores, T.max(total, T.float32(LOWEST / 2)), r, j)
+    low, high = (hold(T.Cast("int32", v)) for v in visible)
+    (peaks,) = registers(1, lanes, LOWEST)
+    with T.serial(int64(0), steps) as step:
+        j = hold(T.Ramp(T.Cast("int32", step) * lanes, 1, lanes))
+        seen = T.bitwise_and(j >= low, j < high)
+        score = load(state.scores, r, step * lanes, lanes=lanes)
+        score = hold(T.Select(seen, score, splat(LOWEST, lanes)))
+        store(state.scores, score, r, step * lanes)
+        store(peaks, T.max(load(peaks, 0, lanes=lanes), score), 0)
+    old = hold(state.peak[r])
+    new = hold(T.max(old, fold(load(peaks, 0, lanes=lanes), T.max)))
+    (sums,) = registers(1, lanes)
+    with T.serial(int64(0), steps) as step:
+        weight = hold(exp(load(state.scores, r, step * lanes, lanes=lanes) - new))
+        store(state.scores, weight, r, step * lanes)
+        store(sums, load(sums, 0, lanes=lanes) + weight, 0)
+    decay = hold(exp(old - new))
+    store(state.decay, decay, r)
+    store(state.peak, new, r)
+    total = fold(load(sums, 0, lanes=lanes), lambda x, y: x + y)
+    store(state.total, state.total[r] * decay + total, r)
+
+
+def _cap(limit: float, score: Expr) -> Expr:
+    """Compute ``c * tanh(s / c)`` as ``c - 2 c / (e^(2 s / c) + 1)``."""
+    return limit - T.float32(2 * limit) / (exp(score * T.float32(2 / limit)) + T.float32(1.0))
+
+
+def _mix(
+    simd: Simd,
+    state: _State,
+    row: Expr,
+    rows: int,
+    chunks: list[tuple[int, int]],
+    count: Expr,
+    value: Callable[[Expr], Read],
+) -> None:
+    """Add ``count`` weighted values to some columns of some neighbouring rows."""
+    lanes = simd.lanes
+    sums = {(r, c): scratch(lanes) for r in range(rows) for c in chunks}
+    for (r, c), total in sums.items():
+        store(total, load(state.out, row + r, c[0], lanes=lanes) * state.decay[row + r], 0)
+    with T.serial(int64(0), count) as j:
+        columns = {c: _padded(value(j), c, lanes) for c in chunks}
+        for r in range(rows):
+            weight = hold(state.scores[row + r, j])
+            for c in chunks:
+                store(sums[r, c], load(sums[r, c], 0, lanes=lanes) + columns[c] * weight, 0)
+    for (r, c), total in sums.items():
+        store(state.out, load(total, 0, lanes=lanes), row + r, c[0])
+
+
+# --- decoding: keys come straight from the cache ---
+
+
+def _decode(
+    a: Attention,
+    simd: Simd,
+    batch: Expr,
+    seq: Expr,
+    total: Expr,
+    head: Callable[[Expr, Expr], _Head],
+) -> None:
+    """Attend from each position by itself; cut the keys in parts when heads are too few."""
+    heads = batch * seq * a.kv_heads
+    few = T.And(heads < 4 * simd.threads, T.floormod(heads, simd.threads) != 0)
+    reach = T.min(total, int64(a.window)) if a.window else total
+    most = T.max(T.floordiv(reach, _SPLIT), int64(1))
+    wanted = T.if_then_else(few, T.min(int64(simd.threads), most), int64(1))
+    width = len(_chunks(a.dim, simd.lanes)) * simd.lanes
+    items = T.min(heads, 4 * simd.threads) * simd.threads
+    partial = scratch(items, a.group, width)
+    peaks, totals = (scratch(items, a.group) for _ in range(2))
+
+    def one(item: Expr) -> None:
+        parts = hold(wanted)
+        b, h, i, part = unravel(item, [batch, int64(a.kv_heads), seq, parts])
+        source = head(b, h)
+        low, high = (hold(v) for v in _visible(a, source, i))
+        share = hold(T.floordiv(high - low + parts - 1, parts))
+        first = hold(low + part * share)
+        state = _stream(a, simd, source, i, first, hold(T.min(first + share, high)))
+        with T.If(parts == 1):
+            with T.Then(), T.serial(int64(0), int64(a.group)) as g:
+                _finish(a, simd, source, state, g, i, g)
+            with T.Else(), T.serial(int64(0), int64(a.group)) as g:
+                store(peaks, state.peak[g], item, g)
+                store(totals, state.total[g], item, g)
+                for c, _ in _chunks(a.dim, simd.lanes):
+                    store(partial, load(state.out, g, c, lanes=simd.lanes), item, g, c)
+
+    spread(heads * wanted, heads * reach * (a.group * a.dim) < _SERIAL_MACS, one)
+
+    with T.If(wanted > 1), T.Then(), T.serial(int64(0), heads) as index:
+        parts = hold(wanted)
+        b, h, i = unravel(index, [batch, int64(a.kv_heads), seq])
+        _merge(a, simd, head(b, h), i, hold(index * parts), parts, (partial, peaks, totals))
+
+
+def _visible(a: Attention, source: _Head, i: Expr) -> tuple[Expr, Expr]:
+    """Tell the first key that query position ``i`` sees, and the end."""
+    if not a.causal:
+        return int64(0), source.keys
+    end = source.past + i + 1
+    return (T.max(end - a.window, int64(0)) if a.window else int64(0)), end
+
+
+def _stream(a: Attention, simd: Simd, source: _Head, i: Expr, first: Expr, last: Expr) -> _State:
+    """Attend from position ``i`` to the keys from ``first`` to before ``last``."""
+    state = _state(a, simd, a.group, _SPAN)
+    for g in range(a.group):
+        _start(a, simd, state, int64(g), source.query(i, g))
+    with T.serial(int64(0), T.floordiv(last - first + (_SPAN - 1), _SPAN)) as block:
+        start = hold(first + block * _SPAN)
+        count = hold(T.min(last - start, int64(_SPAN)))
+        for g, rows in _row_groups(a.group):
+            _scores(a, simd, source, state, (g, rows), start, count)
+        with T.serial(int64(0), int64(a.group)) as g:
+            _weigh(a, simd, state, g, (int64(0), count), (start, count), None)
+        budget = simd.registers // 2
+        for g, rows in _row_groups(a.group):
+            chunks = _chunks(a.dim, simd.lanes)
+            step = budget // rows
+            for c in range(0, len(chunks), step):
+                _mix(
+                    simd,
+                    state,
+                    int64(g),
+                    rows,
+                    chunks[c : c + step],
+                    count,
+                    lambda j: source.value(start + j),
+                )
+    return state
+
+
+def _row_groups(rows: int) -> list[tuple[int, int]]:
+    """Cut rows in groups of 4, 2 and 1: (first, rows)."""
+    out = []
+    first = 0
+    for size in (4, 2, 1):
+        while rows - first >= size:
+            out.append((first, size))
+            first += size
+    return out
+
+
+def _scores(
+    a: Attention,
+    simd: Simd,
+    source: _Head,
+    state: _State,
+    rows: tuple[int, int],
+    start: Expr,
+    count: Expr,
+) -> None:
+    """Score ``count`` keys from ``start`` against some rows; the vectors run along the columns."""
+    row, height = rows
+    lanes = simd.lanes
+    keys = max(simd.registers // 2, lanes) // height
+    piece = min(keys, lanes)
+
+    def tile(base: Expr, position: Callable[[int], Expr]) -> None:
+        sums = registers(height * keys, lanes)
+        places = [hold(position(k)) for k in range(keys)]
+
+        def step(chunk: tuple[Expr | int, int], at: Expr | int) -> None:
+            query = [hold(load(state.q, row + r, at, lanes=lanes)) for r in range(height)]
+            for k in range(keys):
+                key = _padded(source.key(places[k]), chunk, lanes)
+                for r in range(height):
+                    total = sums[r * keys + k]
+                    store(total, load(total, 0, lanes=lanes) + query[r] * key, 0)
+
+        with T.serial(int64(0), int64(a.dim // lanes)) as c:
+            step((c * lanes, lanes), c * lanes)
+        for chunk in _chunks(a.dim, lanes)[a.dim // lanes :]:
+            step(chunk, chunk[0])
+        for v in range(0, height * keys, lanes):
+            score = _sums([load(s, 0, lanes=lanes) for s in sums[v : v + lanes]])
+            for p in range(0, lanes, piece):
+                r, k = divmod(v + p, keys)
+                part = T.Shuffle([score], list(range(p, p + piece)))
+                store(state.scores, part if piece < lanes else score, row + r, base + k)
+
+    full = hold(T.floordiv(count, keys))
+    with T.serial(int64(0), full) as block:
+        tile(hold(block * keys), lambda k: start + block * keys + k)
+    with T.If(T.floormod(count, keys) != 0), T.Then():
+        base = hold(full * keys)
+        tile(base, lambda k: start + T.min(base + k, count - 1))
+
+
+def _finish(
+    a: Attention, simd: Simd, source: _Head, state: _State, r: Expr, i: Expr, g: Expr | int
+) -> None:
+    """Divide a row by the sum of its weights and hand it out."""
+    factor = hold(T.float32(1.0) / state.total[r])
+    for chunk in _chunks(a.dim, simd.lanes):
+        value = load(state.out, r, chunk[0], lanes=simd.lanes) * factor
+        _put(source.put(i, g), chunk, value)
+
+
+def _merge(
+    a: Attention,
+    simd: Simd,
+    source: _Head,
+    i: Expr,
+    first: Expr,
+    parts: Expr,
+    partial: tuple[Any, Any, Any],
+) -> None:
+    """Join the outputs of the parts of a position's keys."""
+    outs, peaks, totals = partial
+    with T.serial(int64(0), int64(a.group)) as g:
+        peak, total = registers(2, 1, LOWEST)
+        with T.serial(int64(0), parts) as p:
+            store(peak, T.max(peak[0], peaks[first + p, g]), 0)
+        store(total, T.float32(0.0), 0)
+        with T.serial(int64(0), parts) as p:
+            weight = hold(exp(peaks[first + p, g] - peak[0]))
+            store(peaks, weight, first + p, g)
+            store(total, total[0] + weight * totals[first + p, g], 0)
+        factor = hold(T.float32(1.0) / total[0])
+        for chunk in _chunks(a.dim, simd.lanes):
+            (value,) = registers(1, simd.lanes)
+            with T.serial(int64(0), parts) as p:
+                part = load(outs, first + p, g, chunk[0], lanes=simd.lanes)
+                store(value, load(value, 0, lanes=simd.lanes) + part * peaks[first + p, g], 0)
+            result = load(value, 0, lanes=simd.lanes) * factor
+            _put(source.put(i, g), chunk, result)
+
+
+# --- prefill: blocks of queries meet blocks of keys ---
+
+
+def _row_tile(simd: Simd) -> int:
+    return 6
+
+
+def _prefill(
+    a: Attention,
+    simd: Simd,
+    batch: Expr,
+    seq: Expr,
+    total: Expr,
+    head: Callable[[Expr, Expr], _Head],
+) -> None:
+    """Attend from blocks of positions, each on a thread."""
+    positions = max(1, _ROWS // a.group)
+    blocks = T.floordiv(seq + (positions - 1), positions)
+
+    def one(item: Expr) -> None:
+        b, h, order = unravel(item, [batch, int64(a.kv_heads), blocks])
+        # early blocks see fewer keys: alternate from both ends so that threads get equal work
+        half = T.floordiv(order, 2)
+        block = T.if_then_else(T.floormod(order, 2) == 0, half, blocks - 1 - half)
+        first = hold(block * positions)
+        _tile(a, simd, head(b, h), first, hold(T.min(seq - first, int64(positions))), positions)
+
+    work = batch * seq * total * (a.heads * a.dim)
+    spread(batch * a.kv_heads * blocks, work < _SERIAL_MACS, one)
+
+
+def _tile(a: Attention, simd: Simd, source: _Head, first: Expr, count: Expr, most: int) -> None:
+    """Attend from ``count`` (of at most ``most``) positions from ``first``."""
+    lanes, height = simd.lanes, _row_tile(simd)
+    tiles = -(-most * a.group // height)
+    state = _state(a, simd, tiles * height, _KEYS)
+    width = len(_chunks(a.dim, lanes)) * lanes
+    keys = scratch(width, _KEYS)
+    used = hold(T.floordiv(count * a.group + (height - 1), height))
+
+    def position(r: Expr) -> Expr:  # the rows that fill up the last tile repeat the last position
+        return first + T.min(T.floordiv(r, a.group), count - 1)
+
+    with T.serial(int64(0), used * height) as r:
+        i, g = hold(position(r)), hold(T.floormod(r, a.group))
+        _start(a, simd, state, r, source.query(i, g))
+
+    low, _ = _visible(a, source, first)
+    _, high = _visible(a, source, first + count - 1)
+    low, high = hold(low), hold(high)
+    with T.serial(int64(0), T.floordiv(high - low + (_KEYS - 1), _KEYS)) as block:
+        start = hold(low + block * _KEYS)
+        length = hold(T.min(high - start, int64(_KEYS)))
+        _fetch(a, simd, source, keys, start, length)
+        with T.serial(int64(0), used) as t:
+            _product(a, simd, state, keys, hold(t * height), height)
+        with T.serial(int64(0), used * height) as r:
+            i, g = hold(position(r)), hold(T.floormod(r, a.group))
+            begin, end = _visible(a, source, i)
+            seen = (T.max(begin - start, int64(0)), T.min(end - start, length))
+            bias = source.bias and source.bias(i, g)
+            _weigh(a, simd, state, r, seen, (start, length), bias)
+        chunks = _chunks(a.dim, lanes)
+        step = max(1, (simd.registers * 3 // 4) // height)
+        with T.serial(int64(0), used) as t:
+            for c in range(0, len(chunks), step):
+                _mix(
+                    simd,
+                    state,
+                    hold(t * height),
+                    height,
+                    chunks[c : c + step],
+                    length,
+                    lambda j: source.value(start + j),
+                )
+
+    with T.serial(int64(0), count * a.group) as r:
+        i, g = hold(position(r)), hold(T.floormod(r, a.group))
+        _finish(a, simd, source, state, r, i, g)
+
+
+def _fetch(a: Attention, simd: Simd, source: _Head, keys: Any, start: Expr, length: Expr) -> None:
+    """Transpose a block of keys; the last of a short block is repeated."""
+    lanes = simd.lanes
+    with T.serial(int64(0), int64(_KEYS // lanes)) as v:
+        places = [hold(start + T.min(v * lanes + k, length - 1)) for k in range(lanes)]
+
+        def square(chunk: tuple[Any, int]) -> None:
+            rows = [_padded(source.key(p), chunk, lanes) for p in places]
+            for i, column in enumerate(_transpose(rows)):
+                store(keys, column, chunk[0] + i, v * lanes)
+
+        with T.serial(int64(0), int64(a.dim // lanes)) as c:
+            square((c * lanes, lanes))
+        for chunk in _chunks(a.dim, lanes)[a.dim // lanes :]:
+            square(chunk)
+
+
+def _product(a: Attention, simd: Simd, state: _State, keys: Any, row: Expr, height: int) -> None:
+    """Score a tile of rows against a block of transposed keys; the vectors run along the keys."""
+    lanes = simd.lanes
+    vectors = (simd.registers * 3 // 4) // height
+    for base in range(0, _KEYS // lanes, vectors):
+        sums = registers(height * vectors, lanes)
+        with T.serial(int64(0), int64(a.dim)) as c:
+            key = [hold(load(keys, c, (base + v) * lanes, lanes=lanes)) for v in range(vectors)]
+            for r in range(height):
+                query = hold(state.q[row + r, c])
+                for v in range(vectors):
+                    total = sums[r * vectors + v]
+                    store(total, load(total, 0, lanes=lanes) + key[v] * query, 0)
+        for r in range(height):
+            for v in range(vectors):
+                total = load(sums[r * vectors + v], 0, lanes=lanes)
+                store(state.scores, total, row + r, (base + v) * lanes)

@@ -1,0 +1,535 @@
+"""Mixed-bit matmul kernels for CPUs, as TVM functions made from frozen knobs.
+
+Every function takes symbolic shapes: one compiled function serves all sizes. ``G`` is the number
+of groups, ``ceil(K / 32)``; ``W`` and ``table`` are the ``data`` and ``table`` of a
+``packing.Packed`` of ``tiles`` tiles; ``N`` is at most ``16 * tiles``: the rows that pad the last
+tile may be left out::
+
+    quantize_activation(X: f32 [M, K], Q: out i8 [M, 40 * G])
+    matmul_int8(Q: i8 [M, 40 * G], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, N])
+    matmul_f32(X: f32 [M, K], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, N])
+    gather_rows(ids: i64 [M], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, K])
+
+A quantized activation ``Q`` has a record of 40 bytes for every group: 32 int8, their scale as
+float32, their sum as int32. One stream a row is what lets 8 rows share the registers of a CPU.
+
+The inner loops keep a row of the tile in every lane: a vector of 16 words holds 4 codes of 16 rows,
+and a dot product of bytes multiplies them by 4 activations that are broadcast. Codes of less than
+4 bits are unpacked already shifted to 4, so that zero-points are whole numbers and a group's
+``dot(code, x) - zero * sum(x)`` is exact in int32 and, being below 2**24, in float32.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx import PrimFunc
+from tvm.tirx.script.builder import ir as T
+
+from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, Format, groups
+from mxcompile.plan import ROW_TILE
+from mxcompile.targets.cpu_norm import build, hold, load, param, registers, scratch, spread, store, symbol
+from mxcompile.targets.packing import BLOCK, QUADS, VECTOR
+
+Instructions = Literal["avx512vnni", "avx2", "generic"]
+
+RECORD: Final = GROUP + 8
+"""Bytes of a quantized group of an activation row: codes, scale, sum."""
+
+_ROW_BLOCK: Final = {"avx512vnni": 8, "avx2": 4, "generic": 4}
+
+_JOBS: Final = 48
+"""Shares that one row's work is cut in: a multiple of most numbers of threads."""
+
+_TINY: Final = 2.0**-120
+"""Groups whose magnitudes are all below are taken for 0: their scale has no finite inverse."""
+
+_ROUND: Final = 1.5 * 2.0**23
+"""Added to a float of magnitude below 2**22, leaves it rounded half to even in the low bits."""
+
+
+def activation_bytes(columns: int) -> int:
+    """The bytes of a quantized activation row."""
+    return groups(columns) * RECORD
+
+
+@dataclass(frozen=True, slots=True)
+class MatmulKernel:
+    """The knobs of the kernels of one target; methods make the functions.
+
+    ``instructions`` multiply bytes; "generic" is portable arithmetic, for any target of LLVM.
+    ``row_block`` activation rows share the unpacked codes, a power of two; 0 takes as many as the
+    registers hold. Work on fewer than ``serial_groups`` groups is not worth waking threads for.
+    """
+
+    instructions: Instructions = "generic"
+    row_block: int = 0
+    serial_groups: int = 1024
+
+    def quantize_activation(self) -> PrimFunc:
+        """Rounds every group of 32 activations half to even to its absmax / 127."""
+
+        def emit() -> None:
+            m, k, q = map(symbol, "mkq")
+            x, codes = param("X", (m, k)), param("Q", (m, q), "int8")
+            def quantize(row: Expr) -> None:
+                with T.serial(0, k // GROUP) as g:
+                    halves = [load(x, row, g * GROUP + i, lanes=ROW_TILE) for i in (0, ROW_TILE)]
+                    _quantize_group(halves, codes, row, g * RECORD)
+                with _when(k % GROUP != 0):
+                    tail = registers(2, ROW_TILE)
+                    start = hold(k // GROUP * GROUP)
+                    for i in (0, 1):
+                        with T.serial(0, T.min(k - start - i * ROW_TILE, ROW_TILE)) as j:
+                            store(tail[i], load(x, row, start + i * ROW_TILE + j, lanes=1), j)
+                    halves = [load(half, 0, lanes=ROW_TILE) for half in tail]
+                    _quantize_group(halves, codes, row, k // GROUP * RECORD)
+
+            spread(m, m * (k // GROUP) < self.serial_groups, quantize)
+
+        return build(emit)
+
+    def matmul_int8(self) -> PrimFunc:
+        """Y = Q @ W.T with exact integer sums inside a group."""
+
+        def emit() -> None:
+            m, n, q = map(symbol, "mnq")
+            codes, weight = param("Q", (m, q), "int8"), _Weight.declare()
+            y = param("Y", (m, n))
+
+            def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
+                self._int8_block(tile, codes, y, t, row, rows)
+
+            self._all_tiles(weight, m, q // RECORD, block)
+
+        return build(emit)
+
+    def matmul_f32(self) -> PrimFunc:
+        """Y = X @ W.T in float32, with weights that are dequantized in registers."""
+
+        def emit() -> None:
+            m, n, k = map(symbol, "mnk")
+            x, weight = param("X", (m, k)), _Weight.declare()
+            y = param("Y", (m, n))
+
+            def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
+                _f32_block(tile, x, y, t, row, rows)
+
+            self._all_tiles(weight, m, (k + GROUP - 1) // GROUP, block)
+
+        return build(emit)
+
+    def gather_rows(self) -> PrimFunc:
+        """Y = W[ids], dequantized; an id past either end reads the nearest row."""
+
+        def emit() -> None:
+            m, k = map(symbol, "mk")
+            ids, weight = param("ids", (m,), "int64"), _Weight.declare()
+            y = param("Y", (m, k))
+            def gather(i: Expr) -> None:
+                row = hold(T.max(T.min(load(ids, i, lanes=1), weight.tiles * ROW_TILE - 1), T.int64(0)))
+                for tile in weight.formats(row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE):
+                    _gather_row(tile, y, i)
+
+            spread(m, m * (k // GROUP) < self.serial_groups, gather)
+
+        return build(emit)
+
+    def _all_tiles(self, weight: "_Weight", m: Expr, count: Expr, block: "_Block") -> None:
+        """Run ``block`` for every tile and block of activation rows, on all threads.
+
+        One row costs what its weights take to stream in: threads get equal bytes, not equal tiles.
+        """
+
+        def gemv(t: Expr) -> None:
+            for tile in weight.formats(t, count):
+                block(tile, t, T.int64(0), 1)
+
+        with T.If(m == 1):
+            with T.Then(), T.If(weight.tiles * count < self.serial_groups):
+                with T.Then(), T.serial(0, weight.tiles) as t:
+                    gemv(t)
+                with T.Else(), T.parallel(0, _JOBS) as job:
+                    with T.serial(weight.first_tile(job), weight.first_tile(job + 1)) as t:
+                        gemv(t)
+            with T.Else(), T.parallel(0, weight.tiles) as t:
+                for tile in weight.formats(t, count):
+                    for row, rows in self._row_blocks(m):
+                        block(tile, t, row, rows)
+
+    def _row_blocks(self, m: Expr) -> Iterator[tuple[Expr, int]]:
+        """The first row and the number of rows of every block: full ones, then the remainder's."""
+        rows = self.row_block or _ROW_BLOCK[self.instructions]
+        with T.serial(0, m // rows) as block:
+            yield block * rows, rows
+        while rows := rows // 2:
+            with _when(m // rows % 2 == 1):
+                yield m // (2 * rows) * (2 * rows), rows
+
+    def _int8_block(self, tile: "_Tile", codes: Any, y: Any, t: Expr, row: Expr, rows: int) -> None:
+        sums = registers(rows, ROW_TILE)
+        with tile.groups() as group:
+
+            def word(r: int, at: int) -> Expr:
+                """4 bytes of row ``r``'s record."""
+                start = group.index * RECORD + at
+                return T.reinterpret("int32", load(codes, row + r, start, lanes=4))
+
+            zeros, scales = hold(group.zeros()), hold(group.scales())
+            dots = [scratch(ROW_TILE, dtype="int32") for _ in range(rows)]
+            for r, dot in enumerate(dots):
+                store(dot, zeros * (0 - word(r, GROUP + 4)), 0)
+            _DOTS[self.instructions](group, dots, word)
+            for r in range(rows):
+                scale = T.reinterpret("float32", word(r, GROUP))
+                scaled = T.cast(load(dots[r], 0, lanes=ROW_TILE), "float32x16") * scale
+                store(sums[r], load(sums[r], 0, lanes=ROW_TILE) + scaled * scales, 0)
+        _store_block(tile, y, t, row, sums)
+
+
+def _f32_block(tile: "_Tile", x: Any, y: Any, t: Expr, row: Expr, rows: int) -> None:
+    # A dot product is a chain of dependent additions: few rows need several to fill the pipeline.
+    chains = max(1, 4 // rows)
+    sums = registers(rows, ROW_TILE)
+    with tile.groups() as group:
+        start, width = group.columns(x.shape[1])
+        zeros = hold(group.float_zeros())
+        dots = [registers(chains, ROW_TILE) for _ in range(rows)]
+
+        def add(column: Expr, codes: Expr, chain: int) -> None:
+            values = hold(group.values(codes, zeros))
+            for r in range(rows):
+                total = load(dots[r][chain], 0, lanes=ROW_TILE)
+                store(dots[r][chain], total + values * load(x, row + r, start + column, lanes=1), 0)
+
+        with T.serial(0, width // 4) as quad:
+            codes = hold(group.quad(quad))
+            for i in range(4):
+                add(quad * 4 + i, codes >> T.uint32(8 * i), i % chains)
+        with T.serial(width // 4 * 4, width) as column:
+            add(column, group.quad(column // 4) >> T.cast(column % 4 * 8, "uint32"), 0)
+        scales = hold(group.scales())
+        for total, by_row in zip(sums, dots, strict=True):
+            dot = load(by_row[0], 0, lanes=ROW_TILE)
+            for chain in by_row[1:]:
+                dot = dot + load(chain, 0, lanes=ROW_TILE)
+            store(total, load(total, 0, lanes=ROW_TILE) + dot * scales, 0)
+    _store_block(tile, y, t, row, sums)
+
+
+def _gather_row(tile: "_Tile", y: Any, i: Expr) -> None:
+    row_scale = hold(tile.row_scales())
+    with tile.groups() as group:
+        start, width = group.columns(y.shape[1])
+        # At most 9 by 8 bits, so exact: only the product with the row scale is rounded.
+        scale, zeros = hold(group.scales()), hold(group.float_zeros())
+        with T.serial(0, width // 4) as quad:
+            codes = T.broadcast(group.quad(quad), 4) >> T.cast(T.ramp(0, 8, 4), "uint32x4")
+            store(y, group.values(codes, zeros) * scale * row_scale, i, start + quad * 4)
+        with T.serial(width // 4 * 4, width) as column:
+            codes = group.quad(column // 4) >> T.cast(column % 4 * 8, "uint32")
+            store(y, group.values(codes, zeros) * scale * row_scale, i, start + column)
+
+
+def _store_block(tile: "_Tile", y: Any, t: Expr, row: Expr, sums: list[Any]) -> None:
+    """Store sums times row scales, of the last tile only the rows that y has."""
+    n, scales = y.shape[1], hold(tile.row_scales())
+    with T.If(t * ROW_TILE + ROW_TILE <= n):
+        with T.Then():
+            for r, total in enumerate(sums):
+                store(y, load(total, 0, lanes=ROW_TILE) * scales, row + r, t * ROW_TILE)
+        with T.Else():
+            out = scratch(len(sums), ROW_TILE)
+            for r, total in enumerate(sums):
+                store(out, load(total, 0, lanes=ROW_TILE) * scales, r, 0)
+            with T.grid(len(sums), n - t * ROW_TILE) as (r, i):
+                store(y, load(out, r, i, lanes=1), row + r, t * ROW_TILE + i)
+
+
+def _quantize_group(halves: list[Expr], codes: Any, row: Expr, start: Expr) -> None:
+    halves = [hold(half) for half in halves]
+    # The bits of magnitudes order like integers, NaN on top: it ends in the scale, is not hidden.
+    bits = [T.reinterpret("int32x16", half) & 0x7FFFFFFF for half in halves]
+    biggest = hold(T.reinterpret("float32", _reduce("smax", T.max(*bits))))
+    small = biggest < T.float32(_TINY)
+    inverse = hold(T.Select(small, T.float32(0), T.float32(127) / biggest))
+    offset = T.reinterpret("int32", T.float32(_ROUND))
+    quantized = [
+        hold(T.reinterpret("int32x16", half * inverse + T.float32(_ROUND)) - offset)
+        for half in halves
+    ]
+    for i, values in enumerate(quantized):
+        store(codes, T.cast(values, "int8x16"), row, start + i * ROW_TILE)
+    scale = T.Select(small, T.float32(0), biggest / T.float32(127))
+    total = _reduce("add", quantized[0] + quantized[1])
+    for i, word in enumerate((scale, total)):
+        store(codes, T.reinterpret("int8x4", word), row, start + GROUP + 4 * i)
+
+
+def _reduce(operation: str, vector: Expr) -> Expr:
+    return T.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.{operation}", vector)
+
+
+_Block = Callable[["_Tile", Expr, Expr, int], None]
+"""Emits a tile's product with some activation rows: tile, its index, first row, rows."""
+
+Word = Callable[[int, int | Expr], Expr]
+"""Reads the word at a byte of an activation row's record, as int32."""
+
+
+def _dots_vnni(group: "_Group", dots: list[Any], word: Word) -> None:
+    for quad in range(QUADS):
+        codes = T.reinterpret("uint8x64", hold(group.quad(quad)))
+        for r, dot in enumerate(dots):
+            total = T.call_llvm_pure_intrin(
+                "int32x16",
+                "llvm.x86.avx512.vpdpbusd.512",
+                load(dot, 0, lanes=ROW_TILE),
+                codes,
+                T.reinterpret("int8x64", T.broadcast(word(r, 4 * quad), ROW_TILE)),
+            )
+            store(dot, total, 0)
+
+
+def _dots_avx2(group: "_Group", dots: list[Any], word: Word) -> None:
+    """Sums pairs of products in int16, and those of several quads before they are widened.
+
+    A pair is at most ``2 * 127 * top`` for codes up to ``top``. At 4 bits and less the 8 quads of a
+    group fit, as ``8 * 2 * 127 * 15 = 30480``; at 5 bits 4 quads and at 6 bits 2. At 8 bits not
+    even one pair does: high and low nibbles are summed apart, and widening weighs them.
+    """
+    fmt = group.tile.fmt
+    parts = [(0, 1), (4, 16)] if fmt.bits == 8 else [(0, 1)]
+    top = 15 if fmt.bits == 8 else fmt.levels - 1 << group.tile.shift
+    step = min(QUADS, 32767 // (2 * 127 * top))
+    for first in range(0, QUADS, step):
+        sums = [[scratch(2 * ROW_TILE, dtype="int16") for _ in parts] for _ in dots]
+        for quad in range(first, first + step):
+            codes = hold(group.quad(quad))
+            if fmt.bits == 8:
+                split = [hold(codes >> _u32(shift) & _u32(0x0F0F0F0F)) for shift, _ in parts]
+            else:
+                split = [codes]
+            for r, by_part in enumerate(sums):
+                x = T.reinterpret("int8x64", T.broadcast(word(r, 4 * quad), ROW_TILE))
+                for total, part in zip(by_part, split, strict=True):
+                    pairs = _by_halves("pmadd.ub.sw", "int16", T.reinterpret("uint8x64", part), x)
+                    if quad > first:
+                        pairs = load(total, 0, lanes=2 * ROW_TILE) + pairs
+                    store(total, pairs, 0)
+        for dot, by_part in zip(dots, sums, strict=True):
+            for total, (_, weight) in zip(by_part, parts, strict=True):
+                weights = T.broadcast(T.int16(weight), 2 * ROW_TILE)
+                pairs = _by_halves("pmadd.wd", "int32", load(total, 0, lanes=2 * ROW_TILE), weights)
+                store(dot, load(dot, 0, lanes=ROW_TILE) + pairs, 0)
+
+
+def _by_halves(name: str, dtype: str, *operands: Expr) -> Expr:
+    """An AVX2 operation on operands of 64 bytes, as two on 32."""
+
+    def half(vector: Expr, index: int) -> Expr:
+        lanes = vector.ty.dtype.lanes // 2
+        return T.Shuffle([vector], list(range(index * lanes, (index + 1) * lanes)))
+
+    lanes = operands[0].ty.dtype.lanes // 4
+    results = [
+        T.call_llvm_pure_intrin(
+            f"{dtype}x{lanes}", f"llvm.x86.avx2.{name}", *(half(o, index) for o in operands)
+        )
+        for index in (0, 1)
+    ]
+    return T.Shuffle(results, list(range(2 * lanes)))
+
+
+def _dots_generic(group: "_Group", dots: list[Any], word: Word) -> None:
+    with T.serial(0, QUADS) as quad:
+        codes = hold(group.quad(quad))
+        for i in range(4):
+            values = hold(T.reinterpret("int32x16", codes >> T.uint32(8 * i) & T.uint32(255)))
+            for r, dot in enumerate(dots):
+                x = word(r, 4 * quad) << (24 - 8 * i) >> 24
+                store(dot, load(dot, 0, lanes=ROW_TILE) + values * x, 0)
+
+
+_DOTS: Final[dict[str, Callable[["_Group", list[Any], Word], None]]] = {
+    "avx512vnni": _dots_vnni,
+    "avx2": _dots_avx2,
+    "generic": _dots_generic,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """The parameters that a packed weight is passed in."""
+
+    data: Any
+    table: Any
+
+    @classmethod
+    def declare(cls) -> "_Weight":
+        """Declares them as the next parameters."""
+        size, tiles = symbol("size"), symbol("tiles")
+        return cls(param("W", (size,), "uint8"), param("table", (tiles, 2), "int32"))
+
+    @property
+    def tiles(self) -> Expr:
+        """The number of tiles."""
+        return self.table.shape[0]
+
+    def first_tile(self, job: Expr) -> Expr:
+        """The first tile of a job's share of the bytes, found from a guess that formats are even."""
+        t = scratch(1, dtype="int64")
+        store(t, job * self.tiles // _JOBS, 0)
+
+        def before(tile: Expr) -> Expr:
+            """Whether a tile belongs to an earlier job."""
+            tile = T.max(T.min(tile, self.tiles - 1), T.int64(0))
+            start = T.cast(load(self.table, tile, 1, lanes=1), "int64")
+            return start * (_JOBS * VECTOR) < job * self.data.shape[0]
+
+        now = load(t, 0, lanes=1)
+        with T.While(T.And(now > 0, T.Not(before(now - 1)))):
+            store(t, now - 1, 0)
+        with T.While(T.And(now < self.tiles, before(now))):
+            store(t, now + 1, 0)
+        return hold(now)
+
+    def formats(self, t: Expr, count: Expr, row: Expr | None = None) -> Iterator["_Tile"]:
+        """Tile ``t`` of ``count`` groups once for every format, each time inside its branch."""
+        bits = hold(load(self.table, t, 0, lanes=1))
+        base = hold(T.cast(load(self.table, t, 1, lanes=1), "int64") * VECTOR)
+        for fmt in FORMATS.values():
+            with _when(bits == fmt.bits):
+                yield _Tile(self.data, base, count, fmt, row)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """A packed tile inside a kernel; ``row`` picks one of its rows, None takes all 16 as lanes."""
+
+    data: Any
+    base: Expr
+    count: Expr
+    fmt: Format
+    row: Expr | None
+
+    @contextmanager
+    def groups(self) -> Iterator["_Group"]:
+        """Loop over the groups: first a block of the remainder, then blocks of 8."""
+        size, header = self.fmt.bits * VECTOR, BLOCK * ROW_TILE * 3 // 2
+        rest = hold(self.count % BLOCK)
+        first = hold((rest * (ROW_TILE * 3 // 2) + 2 * ROW_TILE + VECTOR - 1) // VECTOR * VECTOR)
+        with T.serial(0, self.count // BLOCK + 1) as block:
+            at_rest = block == 0
+            done = hold(T.Select(at_rest, T.int64(0), (block - 1) * BLOCK + rest))
+            skip = T.Select(at_rest, T.int64(0), first + (block - 1) * header)
+            start = hold(self.base + done * size + skip)
+            length = hold(T.Select(at_rest, rest, T.int64(BLOCK)))
+            codes = hold(start + T.Select(at_rest, first, T.int64(header)))
+            with T.serial(0, length) as i:
+                zeros = start + length * ROW_TILE + i * (ROW_TILE // 2)
+                yield _Group(self, done + i, start + i * ROW_TILE, zeros, codes + i * size)
+
+    def row_scales(self) -> Expr:
+        """The row scales as float32, in units that undo those of the codes.
+
+        Widened by hand, as a target without the conversion would call a library: the exponent and
+        fraction land in their places, and the product moves the bias, for subnormals as well.
+        """
+        start = self.base + self.count % BLOCK * (ROW_TILE * 3 // 2)
+        half = _cast(self.lanes(start, "uint16", 2), "uint32")
+        bits = (half & _u32(0x7FFF)) << _u32(13) | (half & _u32(0x8000)) << _u32(16)
+        return _reinterpret(bits, "float32") * T.float32(2.0 ** (112 - self.shift))
+
+    @property
+    def shift(self) -> int:
+        """The bits that codes are shifted left by to make zero-points whole."""
+        return max(0, ZERO_BITS - self.fmt.bits)
+
+    def lanes(self, start: Expr, dtype: str, size: int) -> Expr:
+        """One value of ``size`` bytes a lane, of 16 values that start at ``start``."""
+        if self.row is None:
+            return T.reinterpret(f"{dtype}x16", load(self.data, start, lanes=ROW_TILE * size))
+        return T.reinterpret(dtype, load(self.data, start + self.row * size, lanes=size))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A group of a tile, and where its parts lie in the data."""
+
+    tile: _Tile
+    index: Expr
+    at_scales: Expr
+    at_zeros: Expr
+    at_codes: Expr
+
+    def columns(self, k: Expr) -> tuple[Expr, Expr]:
+        """The first column and the number of columns that are not padding."""
+        start = hold(self.index * GROUP)
+        return start, hold(T.min(k - start, T.int64(GROUP)))
+
+    def quad(self, quad: int | Expr) -> Expr:
+        """The codes of 4 columns, a byte each, in units that make zero-points whole."""
+        codes, low = None, 0
+        for width in self.tile.fmt.planes:
+            vector = low + quad * width // 8
+            words = self.tile.lanes(self.at_codes + vector * VECTOR, "uint32", 4)
+            if width < 8:
+                words = words >> _u32(quad % (8 // width) * width)
+                words = words & _u32(0x01010101 * ((1 << width) - 1))
+                words = words << _u32(low + self.tile.shift)
+            codes = words if codes is None else codes | words
+            low += width
+        return codes
+
+    def scales(self) -> Expr:
+        """The scales as float32."""
+        return _cast(self.tile.lanes(self.at_scales, "uint8", 1), "float32")
+
+    def zeros(self) -> Expr:
+        """The zero-points as int32, in the same units as the codes."""
+        both = T.reinterpret("uint64", load(self.tile.data, self.at_zeros, lanes=8))
+        if (row := self.tile.row) is None:
+            words = T.reinterpret("uint32x16", T.broadcast(both, ROW_TILE // 2))
+            words = words >> T.cast(T.ramp(0, 1, ROW_TILE) // 2 * 4, "uint32x16")
+        else:
+            words = T.cast(both >> T.cast(row % 2 * 32 + row // 2 * 4, "uint64"), "uint32")
+        shift = max(0, self.tile.fmt.bits - ZERO_BITS)
+        return _cast((words & _u32(15)) << _u32(shift), "int32")
+
+    def float_zeros(self) -> Expr:
+        """The zero-points as float32, plus 2**23: what ``values`` takes."""
+        return _reinterpret(_cast(self.zeros(), "uint32") | _u32(0x4B000000), "float32")
+
+    def values(self, codes: Expr, float_zeros: Expr) -> Expr:
+        """Code less zero-point, exact in float32, where the code is the low byte of every lane.
+
+        Written into the fraction of 2**23, a code becomes a float without a conversion.
+        """
+        return _reinterpret(codes & _u32(255) | _u32(0x4B000000), "float32") - float_zeros
+
+
+@contextmanager
+def _when(condition: Expr) -> Iterator[None]:
+    with T.If(condition), T.Then():
+        yield
+
+
+def _u32(value: int | Expr) -> Expr:
+    return T.uint32(value) if isinstance(value, int) else T.cast(value, "uint32")
+
+
+def _cast(value: Expr, dtype: str) -> Expr:
+    return T.cast(value, _typed_like(value, dtype))
+
+
+def _reinterpret(value: Expr, dtype: str) -> Expr:
+    return T.reinterpret(_typed_like(value, dtype), value)
+
+
+def _typed_like(value: Expr, dtype: str) -> str:
+    lanes = value.ty.dtype.lanes
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"

@@ -1,0 +1,55 @@
+"""What several test modules need: compiled toys, and skipping what this machine cannot run."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mxcompile import artifact, target
+from tests import toy
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with artifacts of the toy decoder and of a plain graph: copy before changing."""
+    folder = tmp_path_factory.mktemp("compiled")
+    toy.compile_decoder(folder / "toy.so")
+    toy.compile_graph(folder / "graph.so")
+    toy.write_tokenizer(folder)
+    with artifact.staged(folder / "toy.mxc") as staging:
+        built = artifact.write(
+            staging,
+            toy.manifest(),
+            code=folder / "toy.so",
+            weights=toy.weights(),
+            plan=toy.PLAN,
+            extra=[folder / "tokenizer.json"],
+        )
+        artifact.finish(built, quality={"kld_mean": 0.0}, report="<!doctype html>")
+    with artifact.staged(folder / "graph.mxc") as staging:
+        artifact.write(
+            staging,
+            toy.graph_manifest(),
+            code=folder / "graph.so",
+            weights={"w": toy.SCALE},
+            plan=toy.PLAN,
+        )
+    return folder
+
+
+@pytest.fixture
+def toy_artifact(compiled: Path, tmp_path: Path) -> Path:
+    """A copy of the toy's artifact that a test may damage."""
+    return Path(shutil.copytree(compiled / "toy.mxc", tmp_path / "toy.mxc"))
+
+
+@pytest.fixture
+def needs() -> Callable[[str], None]:
+    """Skips the test where the CPU lacks a feature, as Linux names it."""
+
+    def check(feature: str) -> None:
+        if feature not in target.host_features():
+            pytest.skip(f"this CPU lacks {feature}")
+
+    return check

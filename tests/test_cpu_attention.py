@@ -1,0 +1,288 @@
+"""CPU attention, append and rotary against numpy in float64, called as the compiler calls them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tvm
+from numpy.typing import NDArray
+from tvm import relax
+
+from mxcompile.targets.cpu_attention import Attention, Mask, append, attend, attend_all, rotary
+from mxcompile.targets.cpu_norm import Columns, Simd
+
+Array = NDArray[Any]
+
+TARGETS = {"znver4": Simd(16, 2), "haswell": Simd(8, 2)}
+LONGEST = 450
+
+
+@pytest.fixture(params=TARGETS)
+def mcpu(request: pytest.FixtureRequest, needs: Callable[[str], None]) -> str:
+    """An LLVM CPU that this machine can run code for."""
+    needs({"znver4": "avx512f", "haswell": "avx2"}[request.param])
+    return str(request.param)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def compiled(function: Callable[[relax.BlockBuilder], None], mcpu: str) -> Any:
+    """Build the ``main`` that ``function`` emits."""
+    builder = relax.BlockBuilder()
+    function(builder)
+    target = tvm.target.Target({"kind": "llvm", "mcpu": mcpu, "num-cores": 2})
+    executable = tvm.compile(builder.get(), target=target)
+    main = relax.VirtualMachine(executable, tvm.cpu())["main"]
+    return lambda *args: main(
+        *(tvm.runtime.tensor(a) if isinstance(a, np.ndarray) else a for a in args)
+    )
+
+
+def tensor(name: str, shape: tuple[Any, ...], dtype: str = "float32") -> relax.Var:
+    return relax.Var(name, relax.TensorType(shape, dtype))
+
+
+def one_call(kernel: Any, inputs: list[relax.Var], out: tuple[Any, ...], mcpu: str) -> Any:
+    """Build a ``main`` that calls one kernel."""
+
+    def emit(builder: relax.BlockBuilder) -> None:
+        with builder.function("main", inputs):
+            with builder.dataflow():
+                variable = builder.add_func(kernel, "kernel")
+                call = relax.call_tir(variable, inputs, out_ty=relax.TensorType(out, "float32"))
+                result = builder.emit_output(builder.emit(call))
+            builder.emit_func_output(result)
+
+    return compiled(emit, mcpu)
+
+
+def decoder(a: Attention, dtype: str, mcpu: str) -> Any:
+    """Build ``main(q, k, v, past, keys, values) -> out``, which updates the caches in place."""
+    simd = TARGETS[mcpu]
+    batch, seq = (tvm.tirx.Var(name, "int64") for name in ("batch", "seq"))
+    wide = a.kv_heads * a.dim
+    q = tensor("q", (batch, seq, a.q.width if a.q else a.heads * a.dim))
+    k = tensor("k", (batch, seq, a.k.width if a.k else wide))
+    v = tensor("v", (batch, seq, a.v.width if a.v else wide))
+    past = tensor("past", (1,), "int64")
+    keys, values = (
+        tensor(name, (batch, a.kv_heads, LONGEST, a.dim), dtype) for name in ("keys", "values")
+    )
+
+    def emit(builder: relax.BlockBuilder) -> None:
+        inputs = [q, k, v, past, keys, values]
+        with builder.function("main", inputs):
+            with builder.dataflow():
+                write = builder.add_func(append(a, dtype, simd), "append")
+                read = builder.add_func(attend(a, dtype, simd), "attend")
+                caches = builder.emit(
+                    relax.op.call_tir_inplace(
+                        write, [k, v, past, keys, values], [3, 4], [keys.ty, values.ty]
+                    )
+                )
+                call = relax.call_tir(
+                    read,
+                    [q, past, caches[0], caches[1]],
+                    out_ty=relax.TensorType((batch, seq, a.heads * a.dim), "float32"),
+                )
+                result = builder.emit_output(builder.emit(call))
+            builder.emit_func_output(result)
+
+    return compiled(emit, mcpu)
+
+
+def split(x: Array, heads: int) -> Array:
+    """(batch, seq, heads * dim) to (batch, head, seq, dim)."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+
+def reference(
+    a: Attention, q: Array, keys: Array, values: Array, past: int, bias: Array | None = None
+) -> tuple[Array, float]:
+    """Attend in float64; also bound the error of doing so in float32.
+
+    A score's error is at most (dim + 4) roundings of sum |q k|; a weight's is twice that plus those
+    of exp; the sum over the keys adds one rounding each.
+    """
+    q = split(q, a.heads).astype(np.float64) * a.scale
+    keys, values = (np.repeat(x.astype(np.float64), a.group, axis=1) for x in (keys, values))
+    scores = q @ keys.swapaxes(2, 3)
+    magnitude = (np.abs(q) @ np.abs(keys).swapaxes(2, 3)).max()
+    if a.softcap:
+        scores = a.softcap * np.tanh(scores / a.softcap)
+    if bias is not None:
+        scores = scores + bias
+    if a.causal:
+        i, j = past + np.arange(q.shape[2])[:, None], np.arange(keys.shape[2])
+        seen = (j <= i) & (j > i - a.window if a.window else True)
+        scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out = (weights @ values).transpose(0, 2, 1, 3)
+    roundings = 2 * (a.dim + 4) * magnitude + 8 + keys.shape[2]
+    return out.reshape(*out.shape[:2], -1), 2.0**-24 * roundings * np.abs(values).max()
+
+
+CASES = {
+    "mha": (Attention(2, 2, 64, 0.125), "float16"),
+    "windowed": (Attention(4, 1, 256, 0.0625, window=20), "float16"),
+    "grouped": (Attention(4, 2, 16, 0.25), "float32"),
+    "uneven": (Attention(3, 1, 20, 0.3, softcap=5.0), "float32"),
+    "fused": (
+        Attention(4, 2, 80, 0.1, q=Columns(656, 8), k=Columns(656, 328), v=Columns(656, 488)),
+        "float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attend_matches_float64(case: str, mcpu: str, rng: np.random.Generator) -> None:
+    a, dtype = CASES[case]
+    run = decoder(a, dtype, mcpu)
+    for seq in (1, 2, 7, 33, 130):
+        for past, batch in ((0, 2), (5, 1), (64, 1), (300, 2)):
+            keys, values = (
+                rng.standard_normal((batch, a.kv_heads, LONGEST, a.dim)).astype(dtype)
+                for _ in range(2)
+            )
+            for cache in (keys, values):  # whoever reads beyond the end meets NaN
+                cache[:, :, past:] = np.nan
+            inputs = [
+                rng.standard_normal(
+                    (batch, seq, place.width if place else heads * a.dim), np.float32
+                )
+                for place, heads in ((a.q, a.heads), (a.k, a.kv_heads), (a.v, a.kv_heads))
+            ]
+            if a.q:
+                inputs[1:] = [inputs[0]] * 2
+            q, k, v = (
+                x[..., place.offset : place.offset + heads * a.dim] if place else x
+                for x, place, heads in zip(
+                    inputs, (a.q, a.k, a.v), (a.heads, a.kv_heads, a.kv_heads), strict=True
+                )
+            )
+            caches = [tvm.runtime.tensor(c) for c in (keys, values)]
+            out = run(*inputs, np.array([past]), *caches)
+
+            for cache, new in zip((keys, values), (k, v), strict=True):
+                cache[:, :, past : past + seq] = split(new, a.kv_heads)
+            for cache, want in zip(caches, (keys, values), strict=True):
+                np.testing.assert_array_equal(cache.numpy(), want)
+            want, bound = reference(
+                a, q, keys[:, :, : past + seq], values[:, :, : past + seq], past
+            )
+            np.testing.assert_allclose(
+                out.numpy(), want, atol=bound, rtol=0, err_msg=f"{seq} {past}"
+            )
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [None, Mask(), Mask("bool"), Mask(per_head=True, per_query=True), Mask("bool", per_query=True)],
+    ids=str,
+)
+def test_attend_all_matches_float64(mask: Mask | None, mcpu: str, rng: np.random.Generator) -> None:
+    a = Attention(4, 2, 32, 0.2, causal=False, k=Columns(100, 30))
+    batch, seq, total = (tvm.tirx.Var(name, "int64") for name in ("batch", "seq", "total"))
+    inputs = [
+        tensor("q", (batch, seq, 128)),
+        tensor("k", (batch, total, 100)),
+        tensor("v", (batch, total, 64)),
+    ]
+    if mask:
+        shape = (batch, a.heads if mask.per_head else 1, seq if mask.per_query else 1, total)
+        inputs.append(tensor("mask", shape, mask.dtype))
+    kernel = attend_all(a, mask, TARGETS[mcpu])
+    run = one_call(kernel, inputs, (batch, seq, 128), mcpu)
+    for s, t in ((1, 1), (5, 70), (60, 128), (100, 131)):
+        q = rng.standard_normal((2, s, 128), np.float32)
+        k = rng.standard_normal((2, t, 100), np.float32)
+        v = rng.standard_normal((2, t, 64), np.float32)
+        args: list[Array] = [q, k, v]
+        bias = None
+        if mask:
+            shape = (2, a.heads if mask.per_head else 1, s if mask.per_query else 1, t)
+            keep = rng.random(shape) < 0.7
+            keep[..., 0] = True
+            bias = np.where(keep, rng.standard_normal(shape), -np.inf).astype(np.float32)
+            if mask.dtype == "bool":
+                bias = np.where(keep, np.float32(0), np.float32(-np.inf))
+            args.append(keep if mask.dtype == "bool" else bias)
+        want, bound = reference(a, q, split(k[..., 30:94], 2), split(v, 2), 0, bias)
+        np.testing.assert_allclose(run(*args).numpy(), want, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("seq", [1, 40])
+def test_attend_matches_onnxruntime(
+    seq: int, needs: Callable[[str], None], rng: np.random.Generator
+) -> None:
+    needs("avx2")
+    a = Attention(4, 2, 64, 0.125)
+    batch, past = 2, 30
+    floats = onnx.TensorProto.FLOAT
+    names = {
+        "q": (batch, seq, 256),
+        "k": (batch, seq, 128),
+        "v": (batch, seq, 128),
+        "keys": (batch, 2, past, 64),
+        "values": (batch, 2, past, 64),
+    }
+    node = onnx.helper.make_node(
+        "Attention",
+        ["q", "k", "v", "", "keys", "values"],
+        ["y", "new_keys", "new_values"],
+        is_causal=1,
+        q_num_heads=4,
+        kv_num_heads=2,
+        scale=0.125,
+    )
+    infos = {n: onnx.helper.make_tensor_value_info(n, floats, s) for n, s in names.items()}
+    outputs = [onnx.helper.make_tensor_value_info(n, floats, None) for n in node.output]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", list(infos.values()), outputs),
+        opset_imports=[onnx.helper.make_opsetid("", 23)],
+        ir_version=10,
+    )
+    args = {n: rng.standard_normal(s, np.float32) for n, s in names.items()}
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    want, keys, values = session.run(None, args)
+
+    caches = [np.full((batch, 2, LONGEST, 64), np.nan, np.float32) for _ in range(2)]
+    for cache, name in zip(caches, ("keys", "values"), strict=True):
+        cache[:, :, :past] = args[name]
+    run = decoder(a, "float32", "haswell")
+    out = run(args["q"], args["k"], args["v"], np.array([past]), *caches)
+    _, bound = reference(a, args["q"], keys, values, past)
+    np.testing.assert_allclose(out.numpy(), want, atol=2 * bound, rtol=0)
+
+
+@pytest.mark.parametrize(("dim", "rotated"), [(64, 0), (80, 32), (20, 10)])
+def test_rotary_matches_definition(
+    dim: int, rotated: int, mcpu: str, rng: np.random.Generator
+) -> None:
+    heads, half = 3, (rotated or dim) // 2
+    batch, seq = (tvm.tirx.Var(name, "int64") for name in ("batch", "seq"))
+    width = heads * dim + 12
+    inputs = [
+        tensor("x", (batch, seq, width)),
+        tensor("cos", (batch, seq, half)),
+        tensor("sin", (batch, seq, half)),
+    ]
+    kernel = rotary(heads, dim, rotated, Columns(width, 5), TARGETS[mcpu])
+    run = one_call(kernel, inputs, (batch, seq, heads * dim), mcpu)
+    for s in (1, 200):
+        x = rng.standard_normal((2, s, width), np.float32)
+        angle = rng.standard_normal((2, s, half))
+        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        rows = x[..., 5 : 5 + heads * dim].reshape(2, s, heads, dim).astype(np.float64)
+        low, high, rest = np.split(rows, [half, 2 * half], axis=-1)
+        c, n = cos[:, :, None], sin[:, :, None]
+        want = np.concatenate([low * c - high * n, high * c + low * n, rest], axis=-1)
+        got = run(x, cos, sin).numpy().reshape(want.shape)
+        np.testing.assert_allclose(got, want, rtol=0, atol=3 * 2.0**-24 * np.abs(x).max())
