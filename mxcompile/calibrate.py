@@ -5,13 +5,13 @@ rows and its uses. ``M`` is the second moment of what the weight meets: ``H = E[
 matrix or a convolution, the identity for an embedding. ``f_o`` converts it to nats of KL divergence
 at the output (for models without logits: to the relative squared error there):
 
-- Layers: one factor each, measured by perturbing the layer and comparing outputs. That damages
-  add up over layers, and that such a factor serves every format, is the linearity theorem of HIGGS
-  (arXiv 2411.17525).
-- Rows of the head: half of ``E[p_o (1 - p_o)]``, the second-order expansion of the divergence.
-- Rows of an embedding: one measured factor, times how often the row is read.
+- Every use has a factor that is measured by perturbing the weight and comparing outputs. That
+  damages add up over layers, and that such a factor serves every format, is the linearity theorem
+  of HIGGS (arXiv 2411.17525).
+- Rows of the head are weighed by ``E[p_o (1 - p_o)]``: the divergence's second-order expansion.
+- Rows of an embedding are weighed by how often they are read.
 
-Rows that the text hardly meets look free and are not (notes/row-tiles.md), so both kinds of rows
+Rows that the text hardly meets look free and are not (notes/row-tiles.md), so the weights of rows
 are shrunk towards their mean.
 """
 
@@ -62,6 +62,9 @@ FULL_COLUMNS: Final = 2048
 SHRINK: Final = 0.2
 """The share of a vocabulary row's weight that it gets from the mean of all rows."""
 
+BLOCK: Final = 1 << 23
+"""Weights of a head that are perturbed at a time."""
+
 PATCHES: Final = 1 << 13
 """The most patches of a sample that a convolution's second moment is taken over."""
 
@@ -75,6 +78,9 @@ VERSION: Final = 1
 """Changes whenever other statistics come out of the same model and samples."""
 
 LOGITS: Final = "logits"
+POINTWISE: Final = ("Add", "Cast", "Div", "Identity", "Mul", "Sub", "Tanh")
+"""What may stand between the head and the logits."""
+
 PERTURBATION: Final = FORMATS["int3"]
 
 _log = logging.getLogger(__name__)
@@ -188,11 +194,14 @@ class FloatModel:
         """What a run must compute: logits are left to ``logits``, for some positions at a time."""
         return [self.hidden] if self.hidden is not None else self.outputs
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The logits [positions, vocabulary] of hidden states [positions, columns]."""
+    def logits(self, hidden: Tensor, fetch: str = LOGITS) -> Tensor:
+        """The logits [positions, vocabulary] of hidden states [positions, columns].
+
+        ``fetch`` may name another value that is computed from the hidden states alone.
+        """
         assert self.hidden is not None
         known = {self.hidden: hidden.unsqueeze(0)}
-        return self.interpreter.run({}, overrides=known, fetch=[LOGITS])[LOGITS][0]
+        return self.interpreter.run({}, overrides=known, fetch=[fetch])[fetch][0]
 
 
 def _is_cache(value: ir.Value) -> bool:
@@ -214,96 +223,106 @@ def _find_head(model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> Use | None
         if node in linear:
             return linear[node] if len(value.shape or ()) == 3 else None
         inputs = [v for v in node.inputs if v is not None and v.producer() is not None]
-        if node.op_type not in _POINTWISE or len(inputs) != 1:
+        if node.op_type not in POINTWISE or len(inputs) != 1:
             return None
         value = inputs[0]
     return None
 
 
-_POINTWISE: Final = ("Add", "Cast", "Div", "Identity", "Mul", "Sub", "Tanh")
-
-
 def _observe(watched: FloatModel, feeds: Sequence[Feed], progress: Progress) -> Statistics:
     """Gather second moments, and how often and how surely vocabulary rows are met."""
-    by_node = {u.node: u for found in watched.uses.values() for u in found}
-    moments: dict[str, Tensor] = {}
-    rows: dict[ir.Node, Tensor] = {}
-    counts: dict[str, int] = {}
-    fresh: set[str] = set()
-
-    def meet(use: Use, x: Tensor, weight_shape: Sequence[int]) -> None:
-        source = _source(use)
-        if use.kind == "embedding":
-            read = torch.bincount(x.reshape(-1) % weight_shape[0], minlength=weight_shape[0])
-            rows[use.node] = rows.get(use.node, 0) + read
-        if source not in fresh:  # layers that share an input share its moment
-            fresh.add(source)
-            flat = _flat(use, x)
-            counts[source] = counts.get(source, 0) + len(flat)
-            if use.kind != "embedding":
-                moment = flat.T @ flat if flat.shape[1] <= FULL_COLUMNS else flat.square().sum(0)
-                moments[source] = moments.get(source, 0) + moment
-
-    def tap(node: ir.Node, inputs: Sequence[Tensor | None]) -> None:
-        if (use := by_node.get(node)) is not None:
-            x, weight = inputs[:2] if use.kind != "embedding" else inputs[1::-1]
-            assert x is not None and weight is not None
-            meet(use, x, weight.shape)
-
+    observer = _Observer(watched)
     with progress.stage("calibrate", len(feeds)) as advance:
         for feed in feeds:
-            fresh.clear()
-            values = watched.interpreter.run(feed, fetch=watched.fetched, tap=tap)
-            if watched.head is not None and watched.hidden is not None:
-                hidden = values[watched.hidden]
-                meet(watched.head, hidden, ())
-                node = watched.head.node
-                rows[node] = rows.get(node, 0) + _uncertainty(watched, hidden.flatten(0, -2))
+            observer.see(feed)
             advance()
-    statistics = {
-        unit: tuple(
-            _use_statistics(use, graph.weight(watched.model, unit).shape, moments, rows, counts)
-            for use in found
-        )
-        for unit, found in watched.uses.items()
-    }
-    return Statistics(max(counts.values(), default=0), statistics, {})
+    return observer.statistics()
+
+
+class _Observer:
+    """Sums over samples; uses that meet the same numbers share a key, and so one moment."""
+
+    def __init__(self, watched: FloatModel) -> None:
+        self.watched = watched
+        self.by_node = {u.node: u for found in watched.uses.values() for u in found}
+        self.moments: dict[str, Tensor] = {}
+        self.rows: dict[Use, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.seen: set[str] = set()
+
+    def see(self, feed: Feed) -> None:
+        """Run one sample."""
+        self.seen.clear()
+        values = self.watched.interpreter.run(feed, fetch=self.watched.fetched, tap=self._tap)
+        if (head := self.watched.head) is not None:
+            hidden = values[_source(head)]
+            self._meet(head, hidden)
+            for part in torch.split(hidden.flatten(0, -2), LOGIT_ROWS):
+                p = self.watched.logits(part).softmax(-1)
+                self._count_rows(head, (p - p.square()).sum(0))
+
+    def _tap(self, node: ir.Node, inputs: Sequence[Tensor | None]) -> None:
+        if (use := self.by_node.get(node)) is None:
+            return
+        if use.kind == "embedding":
+            weight, ids = inputs
+            assert weight is not None and ids is not None
+            self._count_rows(
+                use, torch.bincount(ids.flatten() % len(weight), minlength=len(weight))
+            )
+            self._meet(use, ids.reshape(-1, 1))
+        elif (x := inputs[0]) is not None:
+            self._meet(use, x)
+
+    def _meet(self, use: Use, x: Tensor) -> None:
+        key = _key(use)
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        flat = _flat(use, x)
+        self.counts[key] = self.counts.get(key, 0) + len(flat)
+        if use.kind != "embedding":
+            moment = flat.T @ flat if flat.shape[1] <= FULL_COLUMNS else flat.square().sum(0)
+            self.moments[key] = self.moments[key] + moment if key in self.moments else moment
+
+    def _count_rows(self, use: Use, rows: Tensor) -> None:
+        self.rows[use] = self.rows[use] + rows if use in self.rows else rows
+
+    def statistics(self) -> Statistics:
+        """The means, without factors."""
+        moments = {key: (m / self.counts[key]).numpy() for key, m in self.moments.items()}
+        found = {
+            unit: tuple(self._use_statistics(unit, use, moments) for use in uses)
+            for unit, uses in self.watched.uses.items()
+        }
+        return Statistics(max(self.counts.values(), default=0), found, {})
+
+    def _use_statistics(self, unit: str, use: Use, moments: Mapping[str, Array]) -> UseStatistics:
+        columns = graph.weight(self.watched.model, unit).shape[1]
+        # An embedding's rows are met as they are; a layer that never ran does no harm.
+        unmet = np.full(columns, float(use.kind == "embedding"), np.float32)
+        rows = self.rows[use] / self.counts[_key(use)] if use in self.rows else None
+        met = None if rows is None else rows.float().numpy()
+        return UseStatistics(use.kind, _source(use), moments.get(_key(use), unmet), met)
+
+
+def _key(use: Use) -> str:
+    """Names what a use meets: a value, or the patches that a convolution cuts it into."""
+    if use.kind != "conv":
+        return _source(use)
+    weight = use.node.inputs[1]
+    assert weight is not None and weight.shape is not None
+    cut = [f"{a.name}={a.value}" for a in use.node.attributes.values()]
+    return f"{_source(use)} {weight.shape[2:]} {sorted(cut)}"
 
 
 def _flat(use: Use, x: Tensor) -> Tensor:
     """What a use multiplies its rows with, one sample a row."""
     if use.kind != "conv":
-        return x.reshape(-1, x.shape[-1]) if use.kind == "linear" else x.reshape(-1, 1)
+        return x.reshape(-1, x.shape[-1])
     flat = patches(x, use.node)
     # Neighbouring patches overlap; an even pick of them says as much.
     return flat[:: -(-len(flat) // PATCHES)]
-
-
-def _use_statistics(
-    use: Use,
-    shape: tuple[int, ...],
-    moments: Mapping[str, Tensor],
-    rows: Mapping[ir.Node, Tensor],
-    counts: Mapping[str, int],
-) -> UseStatistics:
-    source = _source(use)
-    count = max(counts.get(source, 0), 1)
-    moment = torch.ones(shape[1]) if use.kind == "embedding" else torch.zeros(shape[1])
-    if source in moments:
-        moment = moments[source] / count
-    met = (rows[use.node] / count).float().numpy() if use.node in rows else None
-    return UseStatistics(use.kind, source, moment.numpy(), met)
-
-
-def _uncertainty(watched: FloatModel, hidden: Tensor) -> Tensor:
-    """The sum over positions of ``p (1 - p)`` for every row of the head."""
-    total: Tensor | None = None
-    for part in torch.split(hidden, LOGIT_ROWS):
-        p = watched.logits(part).softmax(-1)
-        met = (p - p.square()).sum(0)
-        total = met if total is None else total + met
-    assert total is not None
-    return total
 
 
 def patches(x: Tensor, node: ir.Node) -> Tensor:
@@ -352,38 +371,28 @@ class ForwardProbe:
     def factors(
         self, watched: FloatModel, found: Statistics, feeds: Sequence[Feed], progress: Progress
     ) -> Factors:
-        """Measure each group of layers and each embedding; rows of a head need no run."""
+        """Measure each group of layers, each embedding and the head."""
         probe = _Probe(watched, feeds, self.stride)
         groups = _groups(watched)
-        embeddings = [
-            (unit, index)
-            for unit, uses in watched.uses.items()
-            for index, use in enumerate(uses)
-            if use.kind == "embedding"
-        ]
-        factors = {
-            unit: [
-                np.float32(0.5) * shrunk(met.rows)
-                if use is watched.head and met.rows is not None
-                else np.zeros((), np.float32)
+        single = [(u, use) for u, uses in watched.uses.items() for use in uses]
+        single = [(unit, use) for unit, use in single if not _is_layer(watched, use)]
+        scale: dict[Use, float] = {}
+        with progress.stage("probe", len(groups) + len(single)) as advance:
+            for units in groups:
+                layers = [use for u in units for use in watched.uses[u] if _is_layer(watched, use)]
+                scale |= dict.fromkeys(layers, probe.layers(found, units))
+                advance()
+            for unit, use in single:
+                head = use is watched.head
+                scale[use] = probe.head(found, unit) if head else probe.embedding(unit, use)
+                advance()
+        return {
+            unit: tuple(
+                np.asarray(scale[use] * (1.0 if met.rows is None else shrunk(met.rows)), np.float32)
                 for use, met in zip(uses, found.uses[unit], strict=True)
-            ]
+            )
             for unit, uses in watched.uses.items()
         }
-        with progress.stage("probe", len(groups) + len(embeddings)) as advance:
-            for units in groups:
-                factor = np.float32(probe.layers(found, units))
-                for unit in units:
-                    for index, use in enumerate(watched.uses[unit]):
-                        if _is_layer(watched, use):
-                            factors[unit][index] = np.asarray(factor)
-                advance()
-            for unit, index in embeddings:
-                read = found.uses[unit][index].rows
-                assert read is not None
-                factors[unit][index] = np.float32(probe.embedding(unit, index)) * shrunk(read)
-                advance()
-        return {unit: tuple(found) for unit, found in factors.items()}
 
 
 def shrunk(rows: Array) -> Array:
@@ -437,9 +446,8 @@ class _Probe:
         harm = sum(self._harm(i, overrides) for i in range(len(self.kept))) / len(self.kept)
         return harm / error if error > 0 else 0.0
 
-    def embedding(self, unit: str, index: int) -> float:
+    def embedding(self, unit: str, use: Use) -> float:
         """Harm per unit of squared error of a row, times how often the row is read."""
-        use = self.watched.uses[unit][index]
         weight = graph.weight(self.watched.model, unit)
         harm, error = 0.0, 0.0
         for sample, values in enumerate(self.kept):
@@ -453,30 +461,67 @@ class _Probe:
             harm += self._harm(sample, {graph.name(use.node.outputs[0]): rough})
         return harm / error if error > 0 else 0.0
 
+    def head(self, found: Statistics, unit: str) -> float:
+        """Harm per unit of error of a row, times ``E[p (1 - p)]`` of its logit.
+
+        The expansion of the divergence says a half; what scales or caps the logits after the head,
+        and how sureness goes with large inputs, are in the measured value.
+        """
+        head = self.watched.head
+        assert head is not None
+        met = next(
+            m for u, m in zip(self.watched.uses[unit], found.uses[unit], strict=True) if u is head
+        )
+        assert met.rows is not None
+        weight = graph.weight(self.watched.model, unit)
+        hidden = [self._positions(values[_source(head)]) for values in self.kept]
+        changes = [torch.empty(len(h), len(weight)) for h in hidden]
+        error = 0.0
+        step = max(BLOCK // weight.shape[1], 1)
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            delta = torch.from_numpy(_perturbed(weight[rows], met.diagonal) - weight[rows])
+            error += float(torch.from_numpy(met.rows[rows]) @ met.errors(delta))
+            for change, h in zip(changes, hidden, strict=True):
+                change[:, rows] = h @ delta.T
+        product = graph.name(head.node.outputs[0])
+        harm = 0.0
+        for sample, (change, h) in enumerate(zip(changes, hidden, strict=True)):
+            rough = {product: (self.watched.logits(h, product) + change).unsqueeze(0)}
+            values = self.watched.interpreter.run({}, overrides=rough, fetch=[LOGITS])
+            harm += self._divergence(sample, values[LOGITS][0]) / len(hidden)
+        return harm / error if error > 0 else 0.0
+
     def _harm(self, sample: int, overrides: Values) -> float:
         """How far the outputs of one sample are from the float model's."""
         fetched = self.watched.fetched
         values = self.watched.interpreter.rerun(self.kept[sample], overrides, fetch=fetched)
         exact, rough = self.reference[sample], self._outputs(values)
         if LOGITS in exact:
-            p = self.likely[sample]
-            divergence = _log_likelihood(p, exact[LOGITS]) - _log_likelihood(p, rough[LOGITS])
-            return max(float(divergence.mean(dtype=torch.float64)), 0.0)
+            return self._divergence(sample, rough[LOGITS])
         errors = [
             float((rough[k] - v).square().sum() / v.square().sum().clamp(min=1e-30))
             for k, v in exact.items()
         ]
         return sum(errors) / len(errors)
 
+    def _divergence(self, sample: int, logits: Tensor) -> float:
+        """The mean KL divergence of one sample's logits from the float model's."""
+        p, exact = self.likely[sample], self.reference[sample][LOGITS]
+        lost = _log_likelihood(p, exact) - _log_likelihood(p, logits)
+        return max(float(lost.mean(dtype=torch.float64)), 0.0)
+
     def _outputs(self, values: Values) -> Values:
         """The logits at the positions compared, or all outputs of other models."""
         if self.watched.hidden is not None:
-            hidden = values[self.watched.hidden].flatten(0, -2)[self.stride - 1 :: self.stride]
-            parts = [self.watched.logits(h) for h in torch.split(hidden, LOGIT_ROWS)]
-            return {LOGITS: torch.cat(parts)}
+            return {LOGITS: self.watched.logits(self._positions(values[self.watched.hidden]))}
         if LOGITS in self.watched.outputs:
-            return {LOGITS: values[LOGITS].flatten(0, -2)[self.stride - 1 :: self.stride]}
+            return {LOGITS: self._positions(values[LOGITS])}
         return {k: values[k] for k in self.watched.outputs if values[k].is_floating_point()}
+
+    def _positions(self, x: Tensor) -> Tensor:
+        """The positions compared, [positions, columns]."""
+        return x.flatten(0, -2)[self.stride - 1 :: self.stride]
 
 
 def _log_likelihood(p: Tensor, logits: Tensor) -> Tensor:

@@ -5,11 +5,9 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
@@ -153,7 +151,10 @@ def _size(size: float) -> str:
 def _add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", type=Path, metavar="MODEL.onnx")
     verb.add_argument(
-        "--target", default="x86", metavar="NAME", help="see `mxcompile list targets`"
+        "--target",
+        default="x86",
+        metavar="NAME",
+        help="see `mxcompile list targets`; a family means this machine's best (default: x86)",
     )
     verb.add_argument(
         "--budget",
@@ -171,7 +172,7 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
         "--kv-cache",
         choices=("fp16", "fp32"),
         default="fp16",
-        help="what keys and values are kept in",
+        help="what keys and values are kept in (default: fp16)",
     )
     verb.add_argument(
         "--calibration",
@@ -253,8 +254,9 @@ def _describe_formats(formats: dict[str, int]) -> str:
 
 
 def _describe_quality(quality: dict[str, float]) -> str:
-    shown = (f"{k.replace('_', ' ')} {v:.4g}" for k, v in quality.items() if "error" not in k)
-    return ", ".join(shown)
+    errors = {f"{name}_error" for name in quality}
+    shown = (name for name in quality if name not in errors)
+    return ", ".join(f"{name.replace('_', ' ')} {quality[name]:.4g}" for name in shown)
 
 
 def _add_plan(verb: argparse.ArgumentParser) -> None:
@@ -380,15 +382,13 @@ def _run_arrays(args: argparse.Namespace, program: "Program") -> None:
 
 def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
     """Write a file that is there whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.absolute().parent, delete=False) as file:
-        try:
+    draft = path.absolute().with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("xb") as file:
             write(file)
-            file.close()
-            Path(file.name).replace(path)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                Path(file.name).unlink()
-            raise
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _generate(args: argparse.Namespace, program: "Program") -> None:

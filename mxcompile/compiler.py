@@ -155,7 +155,7 @@ def _run(job: Job, pipeline: str, model: ir.Model, ctx: Context) -> ir.Model:
 
 
 def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Model, Samples, int]:
-    """The canonical model, samples for it, and the bytes of the weight file that no plan changes."""
+    """The canonical model, samples, and the bytes of the weight file that no plan changes."""
     with progress.stage("load"):
         model = _run(job, passes.FRONT, graph.load(job.model), Context(where))
         samples = Samples.find(model, job.model, job.calibration)

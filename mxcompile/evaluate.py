@@ -18,8 +18,8 @@ from mxcompile.progress import Progress
 from mxcompile.runtime import Program, Session
 from mxcompile.text import TextModel
 
-_CHUNK: Final = 64
-"""Positions whose logits are held at once: 64 MB for a vocabulary of 262144."""
+_LOGITS: Final = 1 << 25
+"""Logits that are held at once: 128 MB. More positions at once cost fewer passes over weights."""
 
 _BLOCK: Final = 8
 """Positions compared at once: their float64 terms stay in the cache."""
@@ -31,7 +31,14 @@ class LogitSource(Protocol):
     vocabulary: int
 
     def logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """The logits after each token, from an empty context, in chunks of ``_CHUNK`` rows."""
+        """The logits after each token, from an empty context, in ``chunks``."""
+
+
+def chunks(tokens: Sequence[int], vocabulary: int) -> Iterator[Sequence[int]]:
+    """Cut a window for a model: all sources cut alike, so that they can be compared as they go."""
+    size = max(_LOGITS // vocabulary, 1)
+    for at in range(0, len(tokens), size):
+        yield tokens[at : at + size]
 
 
 class CompiledSource:
@@ -44,8 +51,8 @@ class CompiledSource:
     def logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Run the compiled program."""
         self._session.truncate(0)
-        for at in range(0, len(tokens), _CHUNK):
-            yield self._session.feed(tokens[at : at + _CHUNK], "all")
+        for chunk in chunks(tokens, self.vocabulary):
+            yield self._session.feed(chunk, "all")
 
 
 class OnnxSource:
@@ -61,6 +68,7 @@ class OnnxSource:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads or 0
+        options.enable_cpu_mem_arena = False  # it keeps a gigabyte that is not used again
         options.log_severity_level = 4  # errors come as exceptions
         try:
             self._session = onnxruntime.InferenceSession(
@@ -80,12 +88,12 @@ class OnnxSource:
         """Run the graph."""
         past = {name: self._empty(name) for name in self._past}
         presents = [name.replace("past_key_values.", "present.") for name in self._past]
-        for at in range(0, len(tokens), _CHUNK):
-            ids = np.asarray(tokens[at : at + _CHUNK], np.int64)[None]
-            end = at + ids.shape[1]
+        end = 0
+        for chunk in chunks(tokens, self.vocabulary):
+            begin, end = end, end + len(chunk)
             feeds = {
-                "input_ids": ids,
-                "position_ids": np.arange(at, end, dtype=np.int64)[None],
+                "input_ids": np.asarray(chunk, np.int64)[None],
+                "position_ids": np.arange(begin, end, dtype=np.int64)[None],
                 "attention_mask": np.ones((1, end), np.int64),
             }
             known = {name: value for name, value in feeds.items() if name in self._inputs}
@@ -235,10 +243,11 @@ def compare(
     parts: list[Comparison] = []
     with (progress or Progress()).stage("evaluate", sum(map(len, texts))) as advance:
         for window in texts:
+            end = 0
             both = zip(reference.logits(window), tested.logits(window), strict=True)
-            for index, (expected, found) in enumerate(both):
-                following = window[index * _CHUNK + 1 : index * _CHUNK + 1 + len(expected)]
-                if following:
+            for expected, found in both:
+                begin, end = end, end + len(expected)
+                if following := window[begin + 1 : end + 1]:
                     parts.append(compare_logits(expected, found, following))
                 advance(len(expected))
     return figures(_join(parts))

@@ -4,10 +4,10 @@ Fused operators live in the domain ``mxcompile`` as model-local functions whose 
 definition in standard operators, so that every stage of the pipeline can be evaluated.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import onnx
@@ -106,7 +106,7 @@ def infer_shapes(model: ir.Model) -> None:
 def prune(model: ir.Model) -> None:
     """Remove nodes, initializers, functions and operator sets that nothing uses."""
     common_passes.RemoveUnusedNodesPass()(model)
-    common_passes.RemoveUnusedFunctionsPass()(model)
+    common_passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
 
 
 def name(value: ir.Value) -> str:
@@ -176,7 +176,7 @@ def node_after(
     output: str,
     *,
     domain: str = "",
-    attributes: dict[str, int | float | str | Sequence[int]] | None = None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> ir.Value:
     """Insert a node with one output before the rest of the graph or after ``anchor``."""
     node = ir.node(op_type, list(inputs), attributes or {}, domain=domain, name=output)
@@ -317,7 +317,7 @@ def units(model: ir.Model) -> tuple[Unit, ...]:
 
 
 def weight(model: ir.Model, unit: str) -> np.ndarray:
-    """A unit's float32 weights [rows, columns]; a view of the mapped file where that is possible."""
+    """A unit's float32 weights [rows, columns]; a view of the mapped file where it can be."""
     data = array(model.graph.initializers[unit])
     return data.reshape(data.shape[0], -1)
 

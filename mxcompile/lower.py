@@ -125,6 +125,10 @@ class _Builder:
         tensor = self.scope.tensor(value)
         return tensor, cpu_norm.Columns(int(shape_of(tensor)[-1]))
 
+    def view(self, value: ir.Value | None) -> _View | None:
+        """The view that stands for a value, if one does."""
+        return self.views.get(value) if value is not None else None
+
     def constant(self, value: ir.Value | None) -> Expr:
         """The tensor of a constant that a kernel reads."""
         assert value is not None
@@ -233,7 +237,8 @@ def body_of(model: ir.Model, node: ir.Node) -> ir.Function:
 def _weight_chains(model: ir.Model, node: ir.Node) -> tuple[list[list[ir.Node]], qdq.Actual]:
     """How a fused operator dequantizes its weights, in the order of its outputs."""
     function = body_of(model, node)
-    actual = dict(zip(function.inputs, node.inputs, strict=True))
+    pairs = zip(function.inputs, node.inputs, strict=True)
+    actual = {inner: outer for inner, outer in pairs if outer is not None}
     slot = 0 if node.op_type == "MixedGather" else 1
     readers = [v.producer() for v in function.outputs]
     weights = [n.inputs[slot] for n in readers if n is not None]
@@ -366,7 +371,7 @@ def _mixed_conv(builder: _Builder, node: ir.Node) -> Expr:
 
 
 def _patches(builder: _Builder, conv: ir.Node, x: Expr) -> tuple[Expr, Any, Any, Any]:
-    """The inputs of every output position as rows, and the batch, height and width of the output."""
+    """The inputs of every output position as rows; the output's batch, height and width."""
     batch, channels, height, width = shape_of(x)
     weight = conv.inputs[1]
     assert weight is not None and weight.shape is not None
@@ -423,7 +428,7 @@ def relax_matmul(builder: _Builder, x: Expr, weight: Expr) -> Expr:
 
 def _reshape(builder: _Builder, node: ir.Node) -> Any:
     """Splitting the columns of a view into heads keeps it a view."""
-    view, target = builder.views.get(node.inputs[0]), builder.scope.known(node.inputs[1])
+    view, target = builder.view(node.inputs[0]), builder.scope.known(node.inputs[1])
     if view is None or view.parts or target is None:
         return builder.scope.emit(_plain_reshape(builder, node))
     shape = resolve_reshape(builder.scope, view.shape, target)
@@ -442,7 +447,7 @@ def _norm(builder: _Builder, node: ir.Node) -> Expr:
     """RMSNormalization or LayerNormalization over the last axis; heads of a view in place."""
     x = node.inputs[0]
     eps = float(node.attributes.get_float("epsilon", 1e-5) or 1e-5)
-    view = builder.views.get(x)
+    view = builder.view(x)
     if view is not None:
         wide, columns, shape = view.wide, view.columns, view.shape
         parts, size = max(view.parts, 1), shape[-1]
@@ -484,7 +489,7 @@ def _softmax(builder: _Builder, node: ir.Node) -> Expr:
 def _rotary(builder: _Builder, node: ir.Node) -> Expr:
     """RotaryEmbedding on [batch, seq, heads * dim] with cosines and sines a position."""
     heads = int(node.attributes.get_int("num_heads", 0) or 0)
-    if not heads or node.attributes.get_int("interleaved", 0) or len(node.inputs) > 3:
+    if not heads or node.attributes.get_int("interleaved", 0) != 0 or len(node.inputs) > 3:
         raise UnsupportedError(f"{graph.describe(node)}: this form of it is not supported")
     x, columns = builder.source(node.inputs[0])
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
@@ -542,7 +547,7 @@ def _attention(builder: _Builder, node: ir.Node) -> Expr:
         kv_heads,
         dim,
         float(node.attributes.get_float("scale", dim**-0.5) or dim**-0.5),
-        causal=bool(node.attributes.get_int("is_causal", 0)),
+        causal=node.attributes.get_int("is_causal", 0) == 1,
         softcap=float(node.attributes.get_float("softcap", 0.0) or 0.0),
         q=q_at,
         k=k_at,

@@ -76,7 +76,7 @@ def _block(
     with torch.inference_mode():
         for index, fmt in enumerate(formats):
             quantized = quantize(block, fmt, importance, name=unit)
-            delta = torch.from_numpy(dequantize(quantized, fmt)) - torch.from_numpy(block)
+            delta = torch.from_numpy(dequantize(quantized, fmt) - block)
             by_row[: len(block), index] = statistics.damage(unit, delta, start).numpy()
     tiles: Array = by_row.reshape(-1, ROW_TILE, len(formats)).sum(1)
     return tiles

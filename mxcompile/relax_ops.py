@@ -2,8 +2,8 @@
 
 Integers that describe shapes (``Shape`` and what is computed from it) never become tensors: they
 are followed while the program is built, as tuples of numbers and symbolic dimensions. That keeps
-``Reshape``, ``Expand``, ``Range`` and ``Slice`` symbolic. Operators without a function here go to the
-converters of TVM's ONNX importer, one at a time.
+``Reshape``, ``Expand``, ``Range`` and ``Slice`` symbolic. Operators without a function here go to
+the converters of TVM's ONNX importer, one at a time.
 """
 
 import math
@@ -67,7 +67,9 @@ class Scope:
             data = np.array(numbers, np.int64)
             scalar = value.shape is not None and len(value.shape) == 0
             return relax.const(data.reshape(()) if scalar else data)
-        shape = relax.ShapeExpr([tirx.IntImm("int64", d) if isinstance(d, int) else d for d in numbers])
+        shape = relax.ShapeExpr(
+            [tirx.IntImm("int64", d) if isinstance(d, int) else d for d in numbers]
+        )
         vector = self.emit(relax.op.shape_to_tensor(shape))
         if value.shape is not None and len(value.shape) == 0:
             return self.emit(relax.op.reshape(vector, ()))
@@ -112,7 +114,7 @@ def dtype_name(dtype: ir.DataType | None) -> str:
     Raises:
         UnsupportedError: the compiled program has no such type.
     """
-    if dtype not in _DTYPES:
+    if dtype is None or dtype not in _DTYPES:
         raise UnsupportedError(f"tensors of type {dtype} are not supported in a compiled program")
     return _DTYPES[dtype]
 
@@ -398,7 +400,11 @@ def follow_integers(scope: Scope, node: ir.Node) -> Dims | None:
     if rule is None or node.outputs[0].dtype not in _INTEGERS:
         return None
     inputs = [scope.known(v) for v in node.inputs]
-    return None if any(i is None for i in inputs) else rule(node, *[i for i in inputs if i is not None])
+    return (
+        None
+        if any(i is None for i in inputs)
+        else rule(node, *[i for i in inputs if i is not None])
+    )
 
 
 def _elementwise(function: Callable[[Dim, Dim], Dim]) -> Callable[..., Dims]:
@@ -411,7 +417,11 @@ def _elementwise(function: Callable[[Dim, Dim], Dim]) -> Callable[..., Dims]:
 
 
 def _floordiv(left: Dim, right: Dim) -> Dim:
-    return left // right if isinstance(left, int) and isinstance(right, int) else tirx.floordiv(left, right)
+    return (
+        left // right
+        if isinstance(left, int) and isinstance(right, int)
+        else tirx.floordiv(left, right)
+    )
 
 
 def _slice_integers(_node: ir.Node, data: Dims, starts: Dims, ends: Dims, *rest: Dims) -> Dims:
@@ -457,4 +467,3 @@ def imported(scope: Scope, node: ir.Node) -> Expr:
     except Exception as error:  # converters raise whatever they like, TVM's own errors included
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise UnsupportedError(f"{graph.describe(node)} cannot be lowered: {reason}") from error
-

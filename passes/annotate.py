@@ -14,7 +14,7 @@ ACTIVATION_SCHEME = f"int8/g{GROUP}/sym/dynamic"
 
 @dataclass(frozen=True)
 class Annotate(Pass):
-    """Write the plan's formats onto the weights it names, and the activation format on their inputs.
+    """Write the plan's formats onto the weights, and the activation format onto their inputs.
 
     No later pass reads the plan.
 

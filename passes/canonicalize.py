@@ -86,9 +86,9 @@ def _rewrite_matmul(model: ir.Model, node: ir.Node, done: dict[ir.Value, ir.Valu
 
 def _rewrite_gemm(model: ir.Model, node: ir.Node, done: dict[ir.Value, ir.Value]) -> None:
     plain = node.attributes.get_float("alpha", 1.0) == node.attributes.get_float("beta", 1.0) == 1.0
-    if not plain or node.attributes.get_int("transA", 0):
+    if not plain or node.attributes.get_int("transA", 0) == 1:
         return
-    by_rows = bool(node.attributes.get_int("transB", 0))
+    by_rows = node.attributes.get_int("transB", 0) == 1
     if (weight := _matrix(model, node.inputs[1], by_rows, done)) is not None:
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         _replace_by_linear(model, node, weight, bias)

@@ -9,7 +9,7 @@ from mxcompile import graph
 from mxcompile.pipeline import Context, Pass
 
 SWAP = (0, 2, 1, 3)
-"""The permutation between [batch, seq, heads, dim] and [batch, heads, seq, dim]; its own inverse."""
+"""Between [batch, seq, heads, dim] and [batch, heads, seq, dim]: its own inverse."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _swapped_shape(value: ir.Value) -> tuple[object, ...]:
 
 
 def _merged(model: ir.Model, value: ir.Value, width: int, output: str) -> ir.Value:
-    """A [batch, seq, heads, dim] value as [batch, seq, width]: what it was split from, if it was."""
+    """A [batch, seq, heads, dim] value as [batch, seq, width]; what it was split from, if so."""
     producer = value.producer()
     if producer is not None and producer.op_type == "Reshape" and producer.inputs[0] is not None:
         whole = producer.inputs[0].shape

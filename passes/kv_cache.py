@@ -16,8 +16,8 @@ PROBE_LENGTH = 1 << 15
 
 CACHED_ATTENTION = """
 <opset_import: ["" : 23], domain: "mxcompile">
-CachedAttention <num_heads, kv_num_heads, scale, softcap, window> (q, k, v, past, key_cache, value_cache)
-    => (y, new_key, new_value)
+CachedAttention <num_heads, kv_num_heads, scale, softcap, window>
+    (q, k, v, past, key_cache, value_cache) => (y, new_key, new_value)
 {
     one = Constant <value_ints: ints = [1]> ()
     two = Constant <value_ints: ints = [2]> ()
@@ -64,7 +64,8 @@ CachedAttention <num_heads, kv_num_heads, scale, softcap, window> (q, k, v, past
     q_shape = Concat <axis: int = 0> (lead, q_heads_vector, size)
     q_split = Reshape (q, q_shape)
     q_heads = Transpose <perm: ints = [0, 2, 1, 3]> (q_split)
-    y_heads = Attention <scale: float = @scale, softcap: float = @softcap> (q_heads, k_float, v_float, mask)
+    y_heads = Attention <scale: float = @scale, softcap: float = @softcap>
+        (q_heads, k_float, v_float, mask)
     y_split = Transpose <perm: ints = [0, 2, 1, 3]> (y_heads)
     merged = Shape (q)
     y = Reshape (y_split, merged)
@@ -82,7 +83,7 @@ class KvCache(Pass):
     anything but positions is refused. Sequences of a batch have one length: the padding mask goes.
 
     Before: ``%y, %present = Attention(%q, %k, %v, %mask, %past_key, %past_value)``;
-    after: ``%y, %cache.next = mxcompile.CachedAttention(%q, %k, %v, %past, %cache_key, %cache_value)``.
+    after: ``%y, %key.next, %value.next = CachedAttention(%q, %k, %v, %past, %key, %value)``.
     """
 
     name = "kv-cache"
@@ -160,9 +161,9 @@ def _evaluate(
             feeds["position_ids"] = past + np.arange(seq, dtype=np.int64)[None]
         else:
             feeds[graph.name(value)] = np.ones(shape, value.dtype.numpy())
-    mask = session.run(None, feeds)[0]
+    mask: np.ndarray = np.asarray(session.run(None, feeds)[0])
     allowed = mask if mask.dtype == np.bool_ else mask > -1e4
-    return np.broadcast_to(allowed, (1, 1, seq, past + seq))[0, 0]
+    return np.asarray(np.broadcast_to(allowed, (1, 1, seq, past + seq))[0, 0])
 
 
 def _rewrite(
@@ -217,11 +218,10 @@ def _replace_inputs(model: ir.Model, past: ir.Value) -> None:
     for value in list(model.graph.inputs):
         label = graph.name(value)
         if label == "attention_mask" or label.startswith("past_key_values"):
-            if value.uses():
-                reader = value.uses()[0].node
+            if (reader := next((use.node for use in value.uses()), None)) is not None:
                 raise UnsupportedError(
                     f"{graph.describe(reader)} needs '{label}' outside attention"
                 )
             model.graph.inputs.remove(value)
-    first = next(i for i, v in enumerate(model.graph.inputs) if graph.name(v).startswith("cache."))
+    first = next(i for i, v in enumerate(model.graph.inputs) if graph.name(v).startswith("cache"))
     model.graph.inputs.insert(first, past)

@@ -1,6 +1,7 @@
 """Quantize annotated activations, a scale a token and group."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -48,9 +49,7 @@ def _quantize(model: ir.Model, value: ir.Value) -> ir.Value:
     width, rank, base = value.shape[-1], len(value.shape), graph.name(value)
     last: ir.Node | None = value.producer()
 
-    def add(
-        op: str, inputs: list[ir.Value], suffix: str, **attributes: int | list[int]
-    ) -> ir.Value:
+    def add(op: str, inputs: list[ir.Value], suffix: str, **attributes: Any) -> ir.Value:
         nonlocal last
         result = graph.node_after(
             last, model, op, inputs, f"{base}.{suffix}", attributes=attributes

@@ -38,6 +38,7 @@ from mxcompile.targets.cpu_norm import (
     store,
     sweep,
     symbol,
+    tanh,
     unravel,
 )
 
@@ -411,8 +412,8 @@ def _weigh(
     steps = hold(T.floordiv(count + (lanes - 1), lanes))
     if a.softcap:
         with T.serial(int64(0), steps) as step:
-            score = load(state.scores, r, step * lanes, lanes=lanes)
-            store(state.scores, _cap(a.softcap, score), r, step * lanes)
+            score = load(state.scores, r, step * lanes, lanes=lanes) * T.float32(1 / a.softcap)
+            store(state.scores, tanh(score) * T.float32(a.softcap), r, step * lanes)
     if bias:
         with T.serial(int64(0), count) as j:
             total = state.scores[r, j] + bias(start + j)
@@ -438,11 +439,6 @@ def _weigh(
     store(state.peak, new, r)
     total = fold(load(sums, 0, lanes=lanes), lambda x, y: x + y)
     store(state.total, state.total[r] * decay + total, r)
-
-
-def _cap(limit: float, score: Expr) -> Expr:
-    """Compute ``c * tanh(s / c)`` as ``c - 2 c / (e^(2 s / c) + 1)``."""
-    return limit - T.float32(2 * limit) / (exp(score * T.float32(2 / limit)) + T.float32(1.0))
 
 
 def _mix(

@@ -3,7 +3,7 @@
 Every function takes symbolic shapes: one compiled function serves all sizes. ``G`` is the number
 of groups, ``ceil(K / 32)``; ``W`` and ``table`` are the ``data`` and ``table`` of a
 ``packing.Packed`` of ``tiles`` tiles; ``N`` is at most ``16 * tiles``: the rows that pad the last
-tile may be left out::
+tile may be left out. ``W`` starts at a multiple of 64 bytes::
 
     quantize_activation(X: f32 [M, K], Q: out i8 [M, 40 * G])
     matmul_int8(Q: i8 [M, 40 * G], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, N])
@@ -25,13 +25,22 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, Format, groups
 from mxcompile.plan import ROW_TILE
-from mxcompile.targets.cpu_norm import build, hold, load, param, registers, scratch, spread, store, symbol
+from mxcompile.targets.cpu_norm import (
+    build,
+    hold,
+    load,
+    param,
+    registers,
+    scratch,
+    spread,
+    store,
+    symbol,
+)
 from mxcompile.targets.packing import BLOCK, QUADS, VECTOR
 
 Instructions = Literal["avx512vnni", "avx2", "generic"]
@@ -75,6 +84,7 @@ class MatmulKernel:
         def emit() -> None:
             m, k, q = map(symbol, "mkq")
             x, codes = param("X", (m, k)), param("Q", (m, q), "int8")
+
             def quantize(row: Expr) -> None:
                 with T.serial(0, k // GROUP) as g:
                     halves = [load(x, row, g * GROUP + i, lanes=ROW_TILE) for i in (0, ROW_TILE)]
@@ -129,9 +139,14 @@ class MatmulKernel:
             m, k = map(symbol, "mk")
             ids, weight = param("ids", (m,), "int64"), _Weight.declare()
             y = param("Y", (m, k))
+
             def gather(i: Expr) -> None:
-                row = hold(T.max(T.min(load(ids, i, lanes=1), weight.tiles * ROW_TILE - 1), T.int64(0)))
-                for tile in weight.formats(row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE):
+                row = hold(
+                    T.max(T.min(load(ids, i, lanes=1), weight.tiles * ROW_TILE - 1), T.int64(0))
+                )
+                for tile in weight.formats(
+                    row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE
+                ):
                     _gather_row(tile, y, i)
 
             spread(m, m * (k // GROUP) < self.serial_groups, gather)
@@ -152,9 +167,12 @@ class MatmulKernel:
             with T.Then(), T.If(weight.tiles * count < self.serial_groups):
                 with T.Then(), T.serial(0, weight.tiles) as t:
                     gemv(t)
-                with T.Else(), T.parallel(0, _JOBS) as job:
-                    with T.serial(weight.first_tile(job), weight.first_tile(job + 1)) as t:
-                        gemv(t)
+                with (
+                    T.Else(),
+                    T.parallel(0, _JOBS) as job,
+                    T.serial(weight.first_tile(job), weight.first_tile(job + 1)) as t,
+                ):
+                    gemv(t)
             with T.Else(), T.parallel(0, weight.tiles) as t:
                 for tile in weight.formats(t, count):
                     for row, rows in self._row_blocks(m):
@@ -170,40 +188,44 @@ class MatmulKernel:
                 yield m // (2 * rows) * (2 * rows), rows
 
     def _int8_block(self, tile: "_Tile", codes: Any, y: Any, t: Expr, row: Expr, rows: int) -> None:
-        sums = registers(rows, ROW_TILE)
+        sums = [_Register("float32x16", 0) for _ in range(rows)]
         with tile.groups() as group:
 
-            def word(r: int, at: int) -> Expr:
+            def word(r: int, at: int | Expr) -> Expr:
                 """4 bytes of row ``r``'s record."""
                 start = group.index * RECORD + at
                 return T.reinterpret("int32", load(codes, row + r, start, lanes=4))
 
             zeros, scales = hold(group.zeros()), hold(group.scales())
-            dots = [scratch(ROW_TILE, dtype="int32") for _ in range(rows)]
-            for r, dot in enumerate(dots):
-                store(dot, zeros * (0 - word(r, GROUP + 4)), 0)
-            _DOTS[self.instructions](group, dots, word)
+
+            def offset(r: int) -> Expr:
+                """What zero-points add to row ``r``'s dot product."""
+                # The sum fits its low half, and LLVM multiplies 16 bits faster than 32.
+                low = load(codes, row + r, group.index * RECORD + GROUP + 4, lanes=2)
+                return zeros * T.cast(T.int16(0) - T.reinterpret("int16", low), "int32")
+
+            dots = _DOTS[self.instructions](group, rows, word, offset)
             for r in range(rows):
                 scale = T.reinterpret("float32", word(r, GROUP))
-                scaled = T.cast(load(dots[r], 0, lanes=ROW_TILE), "float32x16") * scale
-                store(sums[r], load(sums[r], 0, lanes=ROW_TILE) + scaled * scales, 0)
+                scaled = T.cast(dots[r], "float32x16") * scale
+                sums[r].set(sums[r].get() + scaled * scales)
         _store_block(tile, y, t, row, sums)
 
 
 def _f32_block(tile: "_Tile", x: Any, y: Any, t: Expr, row: Expr, rows: int) -> None:
     # A dot product is a chain of dependent additions: few rows need several to fill the pipeline.
     chains = max(1, 4 // rows)
-    sums = registers(rows, ROW_TILE)
+    sums = [_Register("float32x16", 0) for _ in range(rows)]
     with tile.groups() as group:
         start, width = group.columns(x.shape[1])
         zeros = hold(group.float_zeros())
-        dots = [registers(chains, ROW_TILE) for _ in range(rows)]
+        dots = [[_Register("float32x16", 0) for _ in range(chains)] for _ in range(rows)]
 
         def add(column: Expr, codes: Expr, chain: int) -> None:
             values = hold(group.values(codes, zeros))
             for r in range(rows):
-                total = load(dots[r][chain], 0, lanes=ROW_TILE)
-                store(dots[r][chain], total + values * load(x, row + r, start + column, lanes=1), 0)
+                dot = dots[r][chain]
+                dot.set(dot.get() + values * load(x, row + r, start + column, lanes=1))
 
         with T.serial(0, width // 4) as quad:
             codes = hold(group.quad(quad))
@@ -213,10 +235,10 @@ def _f32_block(tile: "_Tile", x: Any, y: Any, t: Expr, row: Expr, rows: int) -> 
             add(column, group.quad(column // 4) >> T.cast(column % 4 * 8, "uint32"), 0)
         scales = hold(group.scales())
         for total, by_row in zip(sums, dots, strict=True):
-            dot = load(by_row[0], 0, lanes=ROW_TILE)
+            dot = by_row[0].get()
             for chain in by_row[1:]:
-                dot = dot + load(chain, 0, lanes=ROW_TILE)
-            store(total, load(total, 0, lanes=ROW_TILE) + dot * scales, 0)
+                dot = dot + chain.get()
+            total.set(total.get() + dot * scales)
     _store_block(tile, y, t, row, sums)
 
 
@@ -234,17 +256,17 @@ def _gather_row(tile: "_Tile", y: Any, i: Expr) -> None:
             store(y, group.values(codes, zeros) * scale * row_scale, i, start + column)
 
 
-def _store_block(tile: "_Tile", y: Any, t: Expr, row: Expr, sums: list[Any]) -> None:
+def _store_block(tile: "_Tile", y: Any, t: Expr, row: Expr, sums: list["_Register"]) -> None:
     """Store sums times row scales, of the last tile only the rows that y has."""
     n, scales = y.shape[1], hold(tile.row_scales())
     with T.If(t * ROW_TILE + ROW_TILE <= n):
         with T.Then():
             for r, total in enumerate(sums):
-                store(y, load(total, 0, lanes=ROW_TILE) * scales, row + r, t * ROW_TILE)
+                store(y, total.get() * scales, row + r, t * ROW_TILE)
         with T.Else():
             out = scratch(len(sums), ROW_TILE)
             for r, total in enumerate(sums):
-                store(out, load(total, 0, lanes=ROW_TILE) * scales, r, 0)
+                store(out, total.get() * scales, r, 0)
             with T.grid(len(sums), n - t * ROW_TILE) as (r, i):
                 store(y, load(out, r, i, lanes=1), row + r, t * ROW_TILE + i)
 
@@ -279,22 +301,24 @@ _Block = Callable[["_Tile", Expr, Expr, int], None]
 Word = Callable[[int, int | Expr], Expr]
 """Reads the word at a byte of an activation row's record, as int32."""
 
+Offset = Callable[[int], Expr]
+"""What the zero-points of a group add to the dot product with an activation row."""
 
-def _dots_vnni(group: "_Group", dots: list[Any], word: Word) -> None:
+
+def _dots_vnni(group: "_Group", rows: int, word: Word, offset: Offset) -> list[Expr]:
+    dots = [_Register("int32x16") for _ in range(rows)]
+    for r, dot in enumerate(dots):
+        dot.set(offset(r))
     for quad in range(QUADS):
         codes = T.reinterpret("uint8x64", hold(group.quad(quad)))
         for r, dot in enumerate(dots):
-            total = T.call_llvm_pure_intrin(
-                "int32x16",
-                "llvm.x86.avx512.vpdpbusd.512",
-                load(dot, 0, lanes=ROW_TILE),
-                codes,
-                T.reinterpret("int8x64", T.broadcast(word(r, 4 * quad), ROW_TILE)),
-            )
-            store(dot, total, 0)
+            x = T.reinterpret("int8x64", T.broadcast(word(r, 4 * quad), ROW_TILE))
+            name = "llvm.x86.avx512.vpdpbusd.512"
+            dot.set(T.call_llvm_pure_intrin("int32x16", name, dot.get(), codes, x))
+    return [dot.get() for dot in dots]
 
 
-def _dots_avx2(group: "_Group", dots: list[Any], word: Word) -> None:
+def _dots_avx2(group: "_Group", rows: int, word: Word, offset: Offset) -> list[Expr]:
     """Sums pairs of products in int16, and those of several quads before they are widened.
 
     A pair is at most ``2 * 127 * top`` for codes up to ``top``. At 4 bits and less the 8 quads of a
@@ -302,29 +326,29 @@ def _dots_avx2(group: "_Group", dots: list[Any], word: Word) -> None:
     even one pair does: high and low nibbles are summed apart, and widening weighs them.
     """
     fmt = group.tile.fmt
-    parts = [(0, 1), (4, 16)] if fmt.bits == 8 else [(0, 1)]
+    nibbles = [(0, 1), (4, 16)] if fmt.bits == 8 else [(0, 1)]
     top = 15 if fmt.bits == 8 else fmt.levels - 1 << group.tile.shift
     step = min(QUADS, 32767 // (2 * 127 * top))
+    dots = [_Register("int32x16") for _ in range(rows)]
     for first in range(0, QUADS, step):
-        sums = [[scratch(2 * ROW_TILE, dtype="int16") for _ in parts] for _ in dots]
+        sums = [[_Register("int16x32") for _ in nibbles] for _ in dots]
         for quad in range(first, first + step):
             codes = hold(group.quad(quad))
+            parts = [codes]
             if fmt.bits == 8:
-                split = [hold(codes >> _u32(shift) & _u32(0x0F0F0F0F)) for shift, _ in parts]
-            else:
-                split = [codes]
-            for r, by_part in enumerate(sums):
+                parts = [hold(codes >> _u32(shift) & _u32(0x0F0F0F0F)) for shift, _ in nibbles]
+            for r, by_nibble in enumerate(sums):
                 x = T.reinterpret("int8x64", T.broadcast(word(r, 4 * quad), ROW_TILE))
-                for total, part in zip(by_part, split, strict=True):
+                for total, part in zip(by_nibble, parts, strict=True):
                     pairs = _by_halves("pmadd.ub.sw", "int16", T.reinterpret("uint8x64", part), x)
-                    if quad > first:
-                        pairs = load(total, 0, lanes=2 * ROW_TILE) + pairs
-                    store(total, pairs, 0)
-        for dot, by_part in zip(dots, sums, strict=True):
-            for total, (_, weight) in zip(by_part, parts, strict=True):
+                    total.set(pairs if quad == first else total.get() + pairs)
+        for r, by_nibble in enumerate(sums):
+            value = dots[r].get() if first else offset(r)
+            for total, (_, weight) in zip(by_nibble, nibbles, strict=True):
                 weights = T.broadcast(T.int16(weight), 2 * ROW_TILE)
-                pairs = _by_halves("pmadd.wd", "int32", load(total, 0, lanes=2 * ROW_TILE), weights)
-                store(dot, load(dot, 0, lanes=ROW_TILE) + pairs, 0)
+                value = value + _by_halves("pmadd.wd", "int32", total.get(), weights)
+            dots[r].set(value)
+    return [dot.get() for dot in dots]
 
 
 def _by_halves(name: str, dtype: str, *operands: Expr) -> Expr:
@@ -344,21 +368,42 @@ def _by_halves(name: str, dtype: str, *operands: Expr) -> Expr:
     return T.Shuffle(results, list(range(2 * lanes)))
 
 
-def _dots_generic(group: "_Group", dots: list[Any], word: Word) -> None:
+def _dots_generic(group: "_Group", rows: int, word: Word, offset: Offset) -> list[Expr]:
+    dots = [_Register("int32x16") for _ in range(rows)]
+    for r, dot in enumerate(dots):
+        dot.set(offset(r))
     with T.serial(0, QUADS) as quad:
         codes = hold(group.quad(quad))
         for i in range(4):
             values = hold(T.reinterpret("int32x16", codes >> T.uint32(8 * i) & T.uint32(255)))
             for r, dot in enumerate(dots):
-                x = word(r, 4 * quad) << (24 - 8 * i) >> 24
-                store(dot, load(dot, 0, lanes=ROW_TILE) + values * x, 0)
+                dot.set(dot.get() + values * (word(r, 4 * quad) << (24 - 8 * i) >> 24))
+    return [dot.get() for dot in dots]
 
 
-_DOTS: Final[dict[str, Callable[["_Group", list[Any], Word], None]]] = {
+_DOTS: Final[dict[str, Callable[["_Group", int, Word, Offset], list[Expr]]]] = {
     "avx512vnni": _dots_vnni,
     "avx2": _dots_avx2,
     "generic": _dots_generic,
 }
+"""Dot products of a group's codes with those of some activation rows, plus the rows' offsets."""
+
+
+class _Register:
+    """A vector that keeps its value across statements; starts undefined, or as a float."""
+
+    def __init__(self, dtype: str, value: float | None = None) -> None:
+        element, _, lanes = dtype.partition("x")
+        self._lanes = int(lanes)
+        self._buffer = scratch(self._lanes, dtype=element)
+        if value is not None:
+            self.set(T.broadcast(T.float32(value), self._lanes))
+
+    def get(self) -> Expr:
+        return load(self._buffer, 0, lanes=self._lanes)
+
+    def set(self, value: Expr) -> None:
+        store(self._buffer, value, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +425,7 @@ class _Weight:
         return self.table.shape[0]
 
     def first_tile(self, job: Expr) -> Expr:
-        """The first tile of a job's share of the bytes, found from a guess that formats are even."""
+        """The first tile of a job's share of the bytes; the search starts from equal tiles."""
         t = scratch(1, dtype="int64")
         store(t, job * self.tiles // _JOBS, 0)
 

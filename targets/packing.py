@@ -2,9 +2,9 @@
 
 A tile is 16 rows, the 32-bit lanes of a 512-bit vector. Its columns are padded to groups of 32,
 and a group is 8 quads of 4 columns. A code is stored in bit planes, low bits first, of widths that
-divide a byte (``Format.planes``: 3 bits are 2 + 1). A 64-byte vector has a lane of 4 bytes for every
+divide a byte (``Format.planes``: 3 bits are 2 + 1). A 64-byte vector has a lane of 4 bytes for each
 row, and a byte of a lane belongs to one column of a quad; a plane ``w`` bits wide holds ``8 / w``
-quads side by side in the bits of every vector, so that one shift and one mask unpack a quad for 16
+quads side by side in the bits of each vector, so that one shift and one mask unpack a quad for 16
 rows in the shape that a dot product of bytes takes.
 
 A tile is a run of blocks: first one of ``groups % 8`` groups, then ``groups // 8`` of 8 groups. A
@@ -29,7 +29,7 @@ bytes. Tiles lie in row order without gaps.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,7 @@ _CHUNK_BYTES: Final = 1 << 24
 _BY_BITS: Final = {fmt.bits: fmt for fmt in FORMATS.values()}
 
 U8 = NDArray[np.uint8]
+S = TypeVar("S", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,8 +83,13 @@ def pack(
     blocks = sum(tile_bytes(columns, fmt) for fmt in formats.formats) // VECTOR
     data = np.empty((blocks, VECTOR), np.uint8)
     for fmt, tiles in _chunks(table, columns):
-        parts = (_rows_of(array, tiles) for array in (codes, scales, zeros, row_scale))
-        packed = _pack_tiles(*parts, fmt)
+        packed = _pack_tiles(
+            _rows_of(codes, tiles),
+            _rows_of(scales, tiles),
+            _rows_of(zeros, tiles),
+            _rows_of(row_scale, tiles),
+            fmt,
+        )
         data[_blocks_of(table, tiles, packed.shape[1] // VECTOR)] = packed.reshape(-1, VECTOR)
     return Packed(data.reshape(-1), table)
 
@@ -95,13 +101,14 @@ def unpack(packed: Packed, rows: int, columns: int) -> tuple[U8, U8, U8, NDArray
     scales = np.empty((padded, groups(columns)), np.uint8)
     zeros = np.empty_like(scales)
     row_scale = np.empty(padded, np.float16)
+    wholes: tuple[NDArray[Any], ...] = (codes, scales, zeros, row_scale)
     data = packed.data.reshape(-1, VECTOR)
     for fmt, tiles in _chunks(packed.table, columns):
         size = tile_bytes(columns, fmt)
         block = data[_blocks_of(packed.table, tiles, size // VECTOR)].reshape(-1, size)
         index = (tiles[:, None] * ROW_TILE + np.arange(ROW_TILE)).reshape(-1)
         parts = _unpack_tiles(block, columns, fmt)
-        for whole, part in zip((codes, scales, zeros, row_scale), parts, strict=True):
+        for whole, part in zip(wholes, parts, strict=True):
             whole[index] = part
     return codes[:rows], scales[:rows], zeros[:rows], row_scale[:rows]
 
@@ -131,13 +138,14 @@ def _chunks(table: NDArray[np.int32], columns: int) -> Iterator[tuple[Format, ND
 
 
 def _blocks_of(table: NDArray[np.int32], tiles: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    return (table[tiles, 1].astype(np.int64)[:, None] + np.arange(count)).reshape(-1)
+    starts = table[tiles, 1].astype(np.int64)
+    return np.repeat(starts, count) + np.tile(np.arange(count), len(starts))
 
 
-def _rows_of(array: NDArray[Any], tiles: NDArray[np.int64]) -> NDArray[Any]:
+def _rows_of(array: NDArray[S], tiles: NDArray[np.int64]) -> NDArray[S]:
     """The rows of ``tiles`` as ``[tiles, 16, ...]``; rows past the end are 0."""
     index = tiles[:, None] * ROW_TILE + np.arange(ROW_TILE)
-    rows = array[np.minimum(index, len(array) - 1)]
+    rows: NDArray[S] = array[np.minimum(index, len(array) - 1)]
     rows[index >= len(array)] = 0
     return rows
 

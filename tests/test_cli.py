@@ -138,6 +138,7 @@ def test_run_on_arrays(run: Run, compiled: Path, tmp_path: Path) -> None:
     assert code == 0 and "s[3, 4], t[3, 4]" in out
     with np.load(tmp_path / "out.npz") as found:
         np.testing.assert_array_equal(found["t"], x + y)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npz", "out.npz"]
     np.savez(tmp_path / "bad.npz", x=x[:, :3], y=y)
     code, _, err = run(*words, tmp_path / "bad.npz")
     assert code == 2 and "expected x: float32[rows, 4], y: float32[rows, 4]" in one_line(err)
@@ -148,6 +149,10 @@ def test_run_on_arrays(run: Run, compiled: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.npz").write_text("not an archive")
     code, _, err = run(*words, tmp_path / "bad.npz")
     assert code == 2 and "is not an .npz" in one_line(err)
+    (tmp_path / "folder").mkdir()
+    code, _, err = run(*words[:-2], tmp_path / "folder", "--input", tmp_path / "in.npz")
+    assert code == 2 and "folder" in one_line(err)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     code, _, err = run("run", compiled / "graph.mxc", "--input", tmp_path / "in.npz")
     assert code == 2 and "--input and --output go together" in one_line(err)
 

@@ -20,13 +20,19 @@ TEXT = " ".join(np.random.default_rng(3).choice(toy.WORDS[2:], 700))
 class FixedSource:
     """Says the same after every token."""
 
-    def __init__(self, probabilities: Sequence[float], chunk: int = 64) -> None:
+    def __init__(self, probabilities: Sequence[float]) -> None:
         self._row = np.log(np.array(probabilities, np.float32))
         self.vocabulary = len(probabilities)
 
     def logits(self, tokens: Sequence[int]) -> Iterator[np.ndarray]:
-        for at in range(0, len(tokens), 64):
-            yield np.tile(self._row, (len(tokens[at : at + 64]), 1))
+        for chunk in evaluate.chunks(tokens, self.vocabulary):
+            yield np.tile(self._row, (len(chunk), 1))
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes windows of the toy several chunks."""
+    monkeypatch.setattr(evaluate, "_LOGITS", 64 * toy.VOCABULARY)
 
 
 @pytest.fixture

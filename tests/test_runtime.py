@@ -64,6 +64,20 @@ def test_caches_grow_as_needed_and_not_beyond_the_context(program: Program) -> N
     assert session.length == 3000
 
 
+def test_memory_does_not_grow_with_tokens(program: Program) -> None:
+    def used() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+    session = Session(program)
+    session.feed(TOKENS[:1000])  # the caches are as large as they get here
+    session.feed(TOKENS[:1])
+    before = used()
+    for token in (*TOKENS, *TOKENS)[:1000]:
+        session.feed([token])
+    assert used() - before < 1024  # kB
+
+
 def test_context_can_be_limited(program: Program) -> None:
     session = Session(program, 8)
     session.feed(TOKENS[:8])
