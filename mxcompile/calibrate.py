@@ -52,9 +52,11 @@ Factors: TypeAlias = dict[str, tuple[Array, ...]]
 
 SEQUENCES: Final = 16
 LENGTH: Final = 256
+GRADIENT_SEQUENCES: Final = 8
 PROBE_SEQUENCES: Final = 4
 PROBE_LENGTH: Final = 128
-"""Texts in tokens: for the second moments, and for the many runs that measure factors."""
+"""Texts in tokens: for second moments, the first of them for gradients, and shorter ones for the
+many runs that measure factors."""
 
 FULL_COLUMNS: Final = 2048
 """Up to how many columns H is kept whole; wider inputs keep its diagonal."""
@@ -167,7 +169,7 @@ def collect(
         progress: Is told of the stages.
     """
     progress = progress or Progress()
-    with torch.inference_mode():
+    with torch.no_grad():
         watched = FloatModel(model, uses)
         found = _observe(watched, feeds, progress)
         factors = (sensitivity or ForwardProbe()).factors(watched, found, probe_feeds, progress)
@@ -236,6 +238,11 @@ def _observe(watched: FloatModel, feeds: Sequence[Feed], progress: Progress) -> 
         for feed in feeds:
             observer.see(feed)
             advance()
+    generator = torch.Generator().manual_seed(0)
+    with progress.stage("gradients", len(feeds[:GRADIENT_SEQUENCES])) as advance:
+        for feed in feeds[:GRADIENT_SEQUENCES]:
+            observer.see_gradients(feed, generator)
+            advance()
     return observer.statistics()
 
 
@@ -247,6 +254,7 @@ class _Observer:
         self.by_node = {u.node: u for found in watched.uses.values() for u in found}
         self.moments: dict[str, Tensor] = {}
         self.rows: dict[Use, Tensor] = {}
+        self.slopes: dict[Use, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.seen: set[str] = set()
 
@@ -260,6 +268,46 @@ class _Observer:
             for part in torch.split(hidden.flatten(0, -2), LOGIT_ROWS):
                 p = self.watched.logits(part).softmax(-1)
                 self._count_rows(head, (p - p.square()).sum(0))
+
+    def see_gradients(self, feed: Feed, generator: torch.Generator) -> None:
+        """Add up the squared gradients at the outputs of layers and embeddings."""
+        by_output = {graph.name(u.node.outputs[0]): u for u in self.by_node.values()}
+        looked_up = [k for k, u in by_output.items() if u.kind == "embedding"]
+        run = self.watched.interpreter.run
+        leaves = {k: v.clone() for k, v in run(feed, fetch=looked_up).items()}
+        leaves |= {k: v.clone() for k, v in feed.items() if v.is_floating_point()}
+        with torch.enable_grad():
+            for leaf in leaves.values():
+                leaf.requires_grad_()
+            values = run(feed, overrides=leaves, fetch=self.watched.fetched, keep=True)
+            ends = [v for k in self.watched.fetched if (v := values[k]).requires_grad]
+            seeds = [self._seed(end, generator) for end in ends]
+            met = {u: v for k, u in by_output.items() if (v := values.get(k)) is not None}
+            met = {u: v for u, v in met.items() if v.requires_grad}
+            found = torch.autograd.grad(ends, list(met.values()), seeds, allow_unused=True)
+        for use, slope in zip(met, found, strict=True):
+            if slope is not None:
+                rows = slope if use.kind == "conv" else slope.flatten(0, -2).T.unsqueeze(0)
+                squares = rows.transpose(0, 1).flatten(1).square().sum(1)
+                self.slopes[use] = self.slopes[use] + squares if use in self.slopes else squares
+
+    def _seed(self, end: Tensor, generator: torch.Generator) -> Tensor:
+        """A random gradient at an output, whose expected square is the harm of errors there.
+
+        For logits that of ``-log p`` of labels drawn from the model itself, so that squared
+        gradients are Fisher information (K-FAC, arXiv 1503.05671); else a normal one.
+        """
+        head = self.watched.head
+        if head is None and LOGITS not in self.watched.outputs:
+            return torch.randn(end.shape, generator=generator)
+        seeds = []
+        for part in torch.split(end.detach().flatten(0, -2), LOGIT_ROWS):
+            part.requires_grad_()
+            log_p = (part if head is None else self.watched.logits(part)).log_softmax(-1)
+            labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            (seed,) = torch.autograd.grad(-log_p.gather(1, labels).sum(), part)
+            seeds.append(seed)
+        return torch.cat(seeds).reshape(end.shape)
 
     def _tap(self, node: ir.Node, inputs: Sequence[Tensor | None]) -> None:
         if (use := self.by_node.get(node)) is None:
@@ -299,11 +347,16 @@ class _Observer:
 
     def _use_statistics(self, unit: str, use: Use, moments: Mapping[str, Array]) -> UseStatistics:
         columns = graph.weight(self.watched.model, unit).shape[1]
-        # An embedding's rows are met as they are; a layer that never ran does no harm.
-        unmet = np.full(columns, float(use.kind == "embedding"), np.float32)
-        rows = self.rows[use] / self.counts[_key(use)] if use in self.rows else None
+        slopes = self.slopes.get(use, torch.zeros(0))
+        slopes = slopes / slopes.mean() if slopes.sum() > 0 else None
+        moment = moments.get(_key(use), np.zeros(columns, np.float32))
+        rows = slopes
+        if use in self.rows:
+            rows = self.rows[use] / self.counts[_key(use)]
+        if use.kind == "embedding":
+            moment = (torch.ones(columns) if slopes is None else slopes).numpy()
         met = None if rows is None else rows.float().numpy()
-        return UseStatistics(use.kind, _source(use), moments.get(_key(use), unmet), met)
+        return UseStatistics(use.kind, _source(use), moment, met)
 
 
 def _key(use: Use) -> str:
@@ -440,7 +493,10 @@ class _Probe:
             delta = torch.from_numpy(rough - weight)
             for use, met in zip(self.watched.uses[unit], found.uses[unit], strict=True):
                 if _is_layer(self.watched, use):
-                    error += float(met.errors(delta).sum(dtype=torch.float64))
+                    weights = (
+                        np.ones(len(weight), np.float32) if met.rows is None else shrunk(met.rows)
+                    )
+                    error += float(torch.from_numpy(weights) @ met.errors(delta))
             shape = graph.array(self.watched.model.graph.initializers[unit]).shape
             overrides[unit] = torch.from_numpy(rough).reshape(shape)
         harm = sum(self._harm(i, overrides) for i in range(len(self.kept))) / len(self.kept)

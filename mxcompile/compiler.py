@@ -101,7 +101,9 @@ def compile_model(job: Job, progress: Progress) -> Artifact:
                 limit = _budget(job, manifest.parameters).limit(manifest.parameters)
                 verify.check_size(built, limit if job.plan is None else None)
                 quality = verify.check(built, job.model, planned.samples, planned.predicted)
-            page = report.render(built, predicted=planned.predicted, seconds=progress.seconds)
+            page = report.render(
+                built, quality=quality, predicted=planned.predicted, seconds=progress.seconds
+            )
             artifacts.finish(built, quality=quality, report=page)
     return artifacts.load(job.output)
 

@@ -30,6 +30,7 @@ from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules.common import collapse_slice_rule, unsqueeze_unsqueeze_rule
 from torch.nn import functional as F
 
+from mxcompile.artifact import TOKENIZER_FILES
 from mxcompile.errors import UnsupportedError, UsageError
 
 OPSET: Final = 23
@@ -46,7 +47,6 @@ ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
 INLINE_LIMIT: Final = 64 << 20
 """Weights of more bytes than this go to a file of their own beside the model."""
 
-TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 VOCABULARIES: Final = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 ATTENTION: Final = "mxcompile"

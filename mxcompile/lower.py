@@ -32,7 +32,7 @@ from mxcompile.relax_ops import (
     shape_of,
 )
 from mxcompile.target import Target
-from mxcompile.targets import cpu_attention, cpu_matmul, cpu_norm, packing
+from mxcompile.targets import cpu_attention, cpu_matmul, cpu_norm, cpu_schedule, packing
 
 CACHES: Final = "cache."
 """Inputs of this prefix are caches: they go into one tuple and are updated in place."""
@@ -84,7 +84,7 @@ class _Builder:
     @property
     def simd(self) -> cpu_norm.Simd:
         """The vectors of the target."""
-        return cpu_norm.Simd(lanes=16 if self.target.instructions == "avx512vnni" else 8)
+        return _simd(self.target)
 
     @property
     def matmul(self) -> cpu_matmul.MatmulKernel:
@@ -134,6 +134,10 @@ class _Builder:
         assert value is not None
         name = graph.name(value)
         return self.weight_vars[name] if name in self.weight_vars else self.scope.tensor(value)
+
+
+def _simd(target: Target) -> cpu_norm.Simd:
+    return cpu_norm.Simd(lanes=16 if target.instructions == "avx512vnni" else 8)
 
 
 def _rooted(function: Any) -> Any:
@@ -581,12 +585,18 @@ FUSED: Final[Mapping[tuple[str, str], Callable[[_Builder, ir.Node], Any]]] = {
 """Operators that have kernels of our own; ``relax_ops.OPERATORS`` has the others."""
 
 
-def phases(target: Any) -> dict[str, list[Any]]:
+def phases(target: Target) -> dict[str, list[Any]]:
     """TVM's passes in the order in which they run, by phase."""
     transform = relax.transform
+
+    @tvm.transform.module_pass(opt_level=0)
+    def schedule(module: Any, _context: Any) -> Any:
+        return cpu_schedule.schedule(module, _simd(target))
+
     return {
         "legalize": [transform.LegalizeOps(), transform.AnnotateTIROpPattern()],
         "fuse": [transform.FoldConstant(), transform.FuseOps(), transform.FuseTIR()],
+        "schedule": [schedule],
         "lower": [
             transform.RewriteDataflowReshape(),
             transform.ToNonDataflow(),
@@ -606,7 +616,7 @@ def phases(target: Any) -> dict[str, list[Any]]:
 def build(lowered: Lowered, target: Target, library: Path) -> None:
     """Compile a lowered module to a shared library."""
     tvm_target = tvm.target.Target(dict(target.tvm))
-    passes = [step for phase in phases(tvm_target).values() for step in phase]
+    passes = [step for phase in phases(target).values() for step in phase]
     with tvm_target:
         program = tvm.compile(
             lowered.module, target=tvm_target, relax_pipeline=tvm.transform.Sequential(passes)

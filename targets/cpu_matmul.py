@@ -341,7 +341,11 @@ def _dots_avx2(group: "_Group", rows: int, word: Word, offset: Offset) -> list[E
                 x = T.reinterpret("int8x64", T.broadcast(word(r, 4 * quad), ROW_TILE))
                 for total, part in zip(by_nibble, parts, strict=True):
                     pairs = _by_halves("pmadd.ub.sw", "int16", T.reinterpret("uint8x64", part), x)
-                    total.set(pairs if quad == first else total.get() + pairs)
+                    if quad > first:
+                        # Nothing saturates, but plain sums LLVM turns into trees that spill.
+                        name = "llvm.sadd.sat"
+                        pairs = T.call_llvm_pure_intrin("int16x32", name, total.get(), pairs)
+                    total.set(pairs)
         for r, by_nibble in enumerate(sums):
             value = dots[r].get() if first else offset(r)
             for total, (_, weight) in zip(by_nibble, nibbles, strict=True):

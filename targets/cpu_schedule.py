@@ -23,7 +23,7 @@ from tvm.s_tir import SBlock, SBlockRealize, Schedule, ScheduleError
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.sym import Analyzer
 
-from mxcompile.targets.cpu_norm import SERIAL_FLOATS, Simd, exp, let, rational, splat, tanh
+from mxcompile.targets.cpu_norm import SERIAL_FLOATS, Simd, exp, let, rational, tanh
 
 _CHUNK = 4096  # columns of a long row that one thread takes at a time
 _LEAST_LANES = 4  # shorter vectors are not worth having
@@ -53,7 +53,7 @@ def schedule(mod: tvm.IRModule, simd: Simd) -> tvm.IRModule:
 
 
 def schedule_function(function: tirx.PrimFunc, simd: Simd) -> tirx.PrimFunc:
-    """Schedule one PrimFunc; loops inside a block, such as those of a sort, are left as they are."""
+    """Schedule one PrimFunc; loops within a block, such as those of a sort, stay as they are."""
     sch = Schedule(function)
     root = sch.get_sblock("root")
     if all(_is_plain(sch.get(b)) for b in sch.get_child_blocks(root)):
@@ -148,15 +148,13 @@ def _schedule_nest(
     loops = sch.get_loops(anchor)
     along = all(_runs_along(sch.get(p.block)) for p in producers if _is_reduction(sch.get(p.block)))
     if producers and rows == rank and along:
-        outer, inner = loops, []
+        outer, inner = loops, list[LoopRV]()
     elif rows == rank:
         outer, inner = _tile(sch, simd, loops, producers)
     else:
         outer, inner = loops[:rows], loops[rows:]
-        if width := _width(sch, inner[-1], simd):
-            inner = [*inner[:-1], *sch.split(inner[-1], [None, width])]
     walks = [_place(sch, simd, producer.block, outer[-1]) for producer in producers]
-    _vectorize(sch, simd, inner)
+    _vectorize(sch, simd, inner, sums=bool(producers))
     sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
     for block, loop in (walk for walk in walks if walk):
         sch.decompose_reduction(block, loop)  # last: TVM cannot tell the parts to be a reduction
@@ -166,7 +164,7 @@ def _schedule_nest(
 def _fitting(
     sch: Schedule, anchor: SBlockRV, pending: Sequence[SBlockRV], rows: int
 ) -> list[_Producer]:
-    """List the blocks, consumers first, of which each of the anchor's rows needs but its own row."""
+    """List the blocks, consumers first, of which a row of the anchor needs only its own row."""
     known = {sch.get(anchor).name_hint: tuple(v.var for v in sch.get(anchor).iter_vars[:rows])}
     found = []
     for rv in reversed(pending):
@@ -189,9 +187,7 @@ def _row_variables(
     for write in producer.writes:
         for read in consumer.reads:
             if read.source.same_as(write.source):
-                written = {
-                    r.min: w.min for r, w in zip(read.region, write.region, strict=True)
-                }
+                written = {r.min: w.min for r, w in zip(read.region, write.region, strict=True)}
                 if all(v in written and isinstance(written[v], tirx.Var) for v in rows):
                     return tuple(written[v] for v in rows)
     return None
@@ -209,11 +205,14 @@ def _extent(sch: Schedule, loop: LoopRV) -> int:
     return int(extent.value) if isinstance(extent, tirx.IntImm) else 0
 
 
-def _width(sch: Schedule, loop: LoopRV, simd: Simd) -> int:
-    """Choose the lanes for a loop: the most that divide it, or 0 if too few do."""
-    extent = _extent(sch, loop)
-    lanes = math.gcd(extent, simd.lanes)
-    return lanes if extent and lanes >= _LEAST_LANES else 0
+def _width(size: int, simd: Simd, sums: bool) -> int:
+    """Choose the lanes for an axis, 0 for none.
+
+    Sums stay in registers only as vectors that divide the axis; for the rest, LLVM's vectorizer
+    does better on an axis that the full width does not divide.
+    """
+    lanes = math.gcd(size, simd.lanes) if size else 0
+    return lanes if lanes >= _LEAST_LANES and (sums or lanes in (simd.lanes, size)) else 0
 
 
 def _tile(
@@ -221,20 +220,18 @@ def _tile(
 ) -> tuple[list[LoopRV], list[LoopRV]]:
     """Cut the last axis, and for a product also an axis of rows; return outer and inner loops."""
     *outer, last = loops
-    width = _width(sch, last, simd)
+    size = _extent(sch, last)
+    width = _width(size, simd, sums=bool(producers))
     if not width:
         return (outer, [last]) if outer else (loops, [])
-    size = _extent(sch, last)
-    if not producers:
-        steps = max(d for d in range(1, _CHUNK // width + 1) if size // width % d == 0)
-        chunk, *inner = sch.split(last, [None, steps, width])
-        return [*outer, chunk], inner
-    unroll = math.gcd(size // width, 4)
+    vectors = size // width
+    most = 4 if producers else _CHUNK // width
+    unroll = max(d for d in range(1, most + 1) if vectors % d == 0)
     chunk, *inner = sch.split(last, [None, unroll, width])
-    shared = [i for i, loop in enumerate(outer) if unroll < 4 and _extent(sch, loop) % 4 == 0]
-    for i in shared:
-        if _extent(sch, outer[i]) and all(_shares_vectors(sch.get(p.block), p.rows[i]) for p in producers):
-            outer[i], several = sch.split(outer[i], [None, 4])
+    for i, loop in enumerate(outer):
+        shares = producers and all(_shares_vectors(sch.get(p.block), p.rows[i]) for p in producers)
+        if unroll < 4 and shares and _extent(sch, loop) and _extent(sch, loop) % 4 == 0:
+            outer[i], several = sch.split(loop, [None, 4])
             sch.reorder(*outer, chunk, several, *inner)
             return [*outer, chunk], [several, *inner]
     return [*outer, chunk], inner
@@ -247,15 +244,13 @@ def _shares_vectors(block: SBlock, row: Any) -> bool:
     return len(_summed_reads(block)) > 1 and not any(row in _used(index) for index in vectors)
 
 
-def _place(
-    sch: Schedule, simd: Simd, rv: SBlockRV, at: LoopRV
-) -> tuple[SBlockRV, LoopRV] | None:
+def _place(sch: Schedule, simd: Simd, rv: SBlockRV, at: LoopRV) -> tuple[SBlockRV, LoopRV] | None:
     """Move a block into a loop and vectorize it; tell where its vectors are to be cleared."""
     block = sch.get(rv)
     reduction = _is_reduction(block)
     if reduction and _runs_along(block) and len(block.writes) == 1:
         last = sch.get_loops(rv)[-1]
-        if width := _width(sch, last, simd):
+        if width := _width(_extent(sch, last), simd, sums=True):
             _, lanes = sch.split(last, [None, width])
             partial = sch.rfactor(lanes, len(block.writes[0].region))
             sch.compute_at(rv, at)
@@ -265,7 +260,7 @@ def _place(
     sch.compute_at(rv, at)
     loops = _inside(sch, rv, at)
     if not reduction:
-        _vectorize(sch, simd, loops)
+        _vectorize(sch, simd, loops, sums=False)
         return None
     count = sum(not _is_one(v.dom.extent) for v in block.iter_vars if v.iter_type == _REDUCTION)
     cut = len(loops) - count
@@ -290,24 +285,26 @@ def _reduce(
     if not walk or not vectors:
         return None
     sch.reorder(*walk, *vectors)
-    _vectorize(sch, simd, vectors)
+    _vectorize(sch, simd, vectors, sums=True)
     return rv, walk[0]
 
 
-def _vectorize(sch: Schedule, simd: Simd, loops: list[LoopRV]) -> None:
+def _vectorize(sch: Schedule, simd: Simd, loops: list[LoopRV], sums: bool) -> None:
     """Make the last of some innermost loops a vector, and unroll short ones around it."""
     if not loops:
         return
     *rest, last = loops
-    width = _width(sch, last, simd)
-    if width and width < _extent(sch, last):
-        *cut, last = sch.split(last, [None, width])
-        rest += cut
-    if width:
-        sch.vectorize(last)
-        for loop in rest:
-            if 1 < _extent(sch, loop) <= 4:
-                sch.unroll(loop)
+    size = _extent(sch, last)
+    width = _width(size, simd, sums)
+    if not width:
+        return
+    if width < size:
+        cut, last = sch.split(last, [None, width])
+        rest.append(cut)
+    sch.vectorize(last)
+    for loop in rest:
+        if 1 < _extent(sch, loop) <= 4:
+            sch.unroll(loop)
 
 
 # --- after scheduling ---
@@ -328,7 +325,9 @@ def _sigmoid(x: Expr) -> Expr:
 def _power(base: Expr, exponent: Expr) -> Expr:
     """Multiply out the powers that models hold; leave others to libm."""
     if isinstance(exponent, tirx.FloatImm) and exponent.value in (2.0, 3.0):
-        return let(base, lambda b: math.prod([b] * int(exponent.value), start=tirx.const(1.0, "float32")))
+        return let(
+            base, lambda b: math.prod([b] * int(exponent.value), start=tirx.const(1.0, "float32"))
+        )
     if isinstance(exponent, tirx.FloatImm) and exponent.value == 0.5:
         return tirx.sqrt(base)
     return tirx.pow(base, exponent)
@@ -374,9 +373,7 @@ def _spread(realize: SBlockRealize) -> SBlockRealize:
             nests[i] = tirx.IfThenElse(small, _serial(_renamed(nest, own)), nest)
             buffers += own.values()
     body = tirx.SeqStmt(nests) if len(nests) > 1 else nests[0]
-    block = SBlock(
-        root.iter_vars, root.reads, root.writes, root.name_hint, body, None, buffers
-    )
+    block = SBlock(root.iter_vars, root.reads, root.writes, root.name_hint, body, None, buffers)
     return SBlockRealize(realize.iter_values, realize.predicate, block)
 
 

@@ -1,0 +1,285 @@
+"""The bundled model through the whole compiler, against onnxruntime and against uniform plans."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from mxcompile import evaluate, graph, inspection, passes, target
+from mxcompile.artifact import Artifact
+from mxcompile.compiler import Job, compile_model
+from mxcompile.errors import BudgetError, PlanError, UnsupportedError, UsageError, VerificationError
+from mxcompile.formats import FORMATS
+from mxcompile.pipeline import Context, Pipeline
+from mxcompile.plan import PrecisionPlan, TileFormats
+from mxcompile.progress import Progress
+from mxcompile.runtime import Program, Session
+from mxcompile.targets import packing
+from mxcompile.text import TextModel
+
+TINYLM = Path(__file__).parents[1] / "models" / "tinylm"
+PROMPT = "In the beginning God created the heaven and the earth."
+
+
+@pytest.fixture(scope="session")
+def tinylm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers")
+    from mxcompile.exporter import export
+
+    path = tmp_path_factory.mktemp("tinylm") / "tinylm.onnx"
+    export(TINYLM, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mixed_plan(tinylm: Path) -> Path:
+    """A plan that has every format in every large weight, whatever that costs in quality."""
+    float_model = Pipeline.parse(passes.FRONT, passes.REGISTRY).run(
+        graph.load(tinylm), Context(target.find("x86"))
+    )
+    units = graph.units(float_model)
+    rng = np.random.default_rng(0)
+    formats = list(FORMATS.values())
+    tiles = {
+        u.name: TileFormats(tuple(formats[i] for i in rng.integers(2, 6, u.tiles))) for u in units
+    }
+    path = tinylm.with_name("plan.json")
+    path.write_text(json.dumps(PrecisionPlan(units, tiles).to_json()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def compile_tiny(
+    tinylm: Path, mixed_plan: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Artifact, Path]]:
+    """Compile with float or int8 activations, once each; gives the artifact and its Q/DQ model."""
+    done: dict[str, tuple[Artifact, Path]] = {}
+
+    def build(activations: str) -> tuple[Artifact, Path]:
+        if activations not in done:
+            folder = tmp_path_factory.mktemp(activations)
+            emitted = folder / "qdq.onnx"
+            job = Job(
+                tinylm,
+                "x86",
+                ("4.2bit",),
+                folder / "out.mxc",
+                activations=activations,  # type: ignore[arg-type]
+                kv_dtype="fp32",
+                emit_onnx=emitted,
+                dump_ir=folder / "ir",
+                plan=mixed_plan,
+            )
+            done[activations] = compile_model(job, Progress()), emitted
+        return done[activations]
+
+    return build
+
+
+def onnx_logits(path: Path, tokens: list[int]) -> np.ndarray:
+    return np.concatenate(list(evaluate.OnnxSource(path).logits(tokens)))
+
+
+def test_greedy_continuation_equals_the_emitted_onnx(
+    tinylm: Path, compile_tiny: Callable[[str], tuple[Artifact, Path]]
+) -> None:
+    built, emitted = compile_tiny("fp32")
+    session = Session(Program.load(built.folder))
+    prompt = TextModel.beside(tinylm.parent).encode(PROMPT)
+    tokens = list(prompt)
+    logits = session.feed(tokens, "last")
+    for _ in range(64):
+        tokens.append(int(logits.reshape(-1).argmax()))
+        logits = session.feed(tokens[-1:], "last")
+    # One run over what was generated tells what onnxruntime would have chosen at every step.
+    expected = onnx_logits(emitted, tokens[:-1])[len(prompt) - 1 :].argmax(-1)
+    assert tokens[len(prompt) :] == expected.tolist()
+
+
+def test_int8_activations_follow_their_emitted_onnx(
+    compile_tiny: Callable[[str], tuple[Artifact, Path]],
+) -> None:
+    built, emitted = compile_tiny("int8")
+    rng = np.random.default_rng(1)
+    session = Session(Program.load(built.folder))
+    tokens = rng.integers(0, session.vocabulary, 1000).tolist()
+    agreement = []
+    for start in range(0, 1000, 250):
+        part = tokens[start : start + 250]
+        session.truncate(0)
+        found = session.feed(part, "all").reshape(len(part), -1).argmax(-1)
+        agreement.append(found == onnx_logits(emitted, part).argmax(-1))
+    assert np.concatenate(agreement).mean() >= 0.97
+
+
+def test_one_token_at_a_time_equals_all_at_once(
+    compile_tiny: Callable[[str], tuple[Artifact, Path]],
+) -> None:
+    built, _ = compile_tiny("fp32")
+    session = Session(Program.load(built.folder))
+    tokens = list(range(100, 121))
+    whole = np.array(session.feed(tokens, "all")).reshape(len(tokens), -1)
+    session.truncate(0)
+    steps = np.stack([np.array(session.feed([t], "last")).reshape(-1) for t in tokens])
+    # Float32 sums in another order: a few dozen roundings of numbers of the size of the logits.
+    np.testing.assert_allclose(steps, whole, atol=64 * 2**-23 * np.abs(whole).max())
+
+
+def test_emitted_model_is_standard(compile_tiny: Callable[[str], tuple[Artifact, Path]]) -> None:
+    for activations in ("fp32", "int8"):
+        _, emitted = compile_tiny(activations)
+        onnx.checker.check_model(str(emitted), full_check=True)
+        model = onnx.load(emitted, load_external_data=False)
+        assert {node.domain for node in model.graph.node} == {""}
+        assert not model.functions
+        kinds = {node.op_type for node in model.graph.node}
+        assert ("QuantizeLinear" in kinds) == (activations == "int8")
+        assert "DequantizeLinear" in kinds
+
+
+def test_dumps_show_the_model_after_each_pass(
+    compile_tiny: Callable[[str], tuple[Artifact, Path]],
+) -> None:
+    built, _ = compile_tiny("fp32")
+    names = sorted(p.name for p in (built.folder.parent / "ir").glob("*.txt"))
+    assert names[0] == "01-canonicalize.txt"
+    assert any(name.endswith("fuse-qdq.txt") for name in names)
+
+
+@pytest.fixture(scope="session")
+def planned(tinylm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("planned")
+    return compile_model(Job(tinylm, "x86", ("4.2bit",), folder / "out.mxc"), Progress())
+
+
+def test_budget_is_met_and_spent(planned: Artifact) -> None:
+    assert 4.2 * 0.995 <= planned.bits_per_weight <= 4.2
+    formats = inspection.describe_artifact(planned)["formats"]
+    total = sum(formats.values())
+    assert sum(count > 0.02 * total for count in formats.values()) >= 3
+
+
+def test_mixed_plan_beats_uniform_plans_of_its_size(planned: Artifact, tinylm: Path) -> None:
+    model = TextModel.beside(tinylm.parent)
+    content = Path(json.__file__).read_text() + Path(shutil.__file__).read_text()
+    texts = evaluate.windows(model, content, tokens=1024, context=256)
+    reference = evaluate.OnnxSource(tinylm)
+    mixed = evaluate.compare(
+        reference, evaluate.CompiledSource(Program.load(planned.folder)), texts
+    )
+    float_model = Pipeline.parse(passes.FRONT, passes.REGISTRY).run(
+        graph.load(tinylm), Context(target.find("x86"))
+    )
+    units = graph.units(float_model)
+    fits = [
+        plan
+        for fmt in FORMATS.values()
+        if (plan := PrecisionPlan.uniform(units, fmt)).weight_bytes <= planned.weight_bytes
+    ]
+    path = planned.folder.parent / "uniform.json"
+    path.write_text(json.dumps(fits[-1].to_json()))
+    job = Job(tinylm, "x86", ("8bit",), planned.folder.parent / "uniform.mxc", plan=path)
+    uniform = compile_model(job, Progress())
+    other = evaluate.compare(
+        reference, evaluate.CompiledSource(Program.load(uniform.folder)), texts
+    )
+    assert mixed["kld_mean"] < other["kld_mean"]
+
+
+def test_refusals(tinylm: Path, mixed_plan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.mxc"
+    with pytest.raises(UsageError, match="no target vax; targets: "):
+        compile_model(Job(tinylm, "vax", ("4.2bit",), out), Progress())
+    with pytest.raises(
+        BudgetError, match=r"2bit cannot be met: the smallest plan takes 2\.\d+ bits"
+    ):
+        compile_model(Job(tinylm, "x86", ("2bit",), out), Progress())
+    out.mkdir()
+    with pytest.raises(UsageError, match="exists"):
+        compile_model(Job(tinylm, "x86", ("4.2bit",), out, plan=mixed_plan), Progress())
+    other = json.loads(mixed_plan.read_text())
+    other["units"] = other["units"][1:]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    job = Job(tinylm, "x86", ("4bit",), tmp_path / "b.mxc", plan=tmp_path / "other.json")
+    with pytest.raises(PlanError, match="a plan for another model"):
+        compile_model(job, Progress())
+    assert not list(tmp_path.glob("*b.mxc*"))
+
+
+def test_unknown_operator_is_named(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 23, "vendor" : 1]>
+    g (float[1,64] x) => (float[1,64] y) { y = vendor.Magic(x) }"""
+    path = tmp_path / "magic.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    with pytest.raises(UnsupportedError, match=r"vendor::Magic"):
+        compile_model(Job(path, "x86", ("8bit",), tmp_path / "out.mxc"), Progress())
+    assert not (tmp_path / "out.mxc").exists()
+
+
+def test_a_wrong_program_fails_verification(
+    tinylm: Path, planned: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Scales doubled while packing: the program runs, and is wrong."""
+    pack = packing.pack
+
+    def doubled(codes, scales, zeros, row_scale, formats):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+        return pack(codes, scales, zeros, row_scale * 2, formats)
+
+    monkeypatch.setattr(packing, "pack", doubled)
+    with pytest.raises(VerificationError, match="the compiled program is off"):
+        compile_model(Job(tinylm, "x86", ("4.2bit",), tmp_path / "out.mxc"), Progress())
+    assert not list(tmp_path.iterdir())
+
+
+def test_hostile_files(tinylm: Path, tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated.onnx"
+    truncated.write_bytes(tinylm.read_bytes()[:5000])
+    noise = tmp_path / "noise.onnx"
+    noise.write_bytes(np.random.default_rng(0).bytes(5000))
+    empty = tmp_path / "empty.onnx"
+    empty.write_bytes(b"")
+    for path in (truncated, noise, empty):
+        with pytest.raises(UsageError, match=path.name):
+            graph.load(path)
+    with pytest.raises(UsageError, match="no such file"):
+        graph.load(tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [("weights.bin", "which is missing"), ("../secret.bin", "outside"), ("/etc/passwd", "outside")],
+)
+def test_external_data_is_checked(location: str, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(bytes(1 << 14))
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[32, 64])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 23]> g (float[1,64] x) => (float[1,32] y)'
+        " { t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t) }"
+    )
+    model.graph.initializer.append(tensor)
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UsageError, match=message):
+        graph.load(folder / "m.onnx")
+
+
+def test_short_external_data_is_refused(tmp_path: Path) -> None:
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[32, 64])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="w.bin")
+    (tmp_path / "w.bin").write_bytes(bytes(100))
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 23]> g (float[1,64] x) => (float[1,32] y)'
+        " { t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t) }"
+    )
+    model.graph.initializer.append(tensor)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UsageError, match=r"needs 8192 bytes of w\.bin, which has 100"):
+        graph.load(tmp_path / "m.onnx")
