@@ -56,7 +56,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """The two parts of a source, each a list of texts that are long enough to train on."""
+    """The two parts of a source, each a list of texts that are long enough to train on.
+
+    No line of more than a few words is in both.
+    """
 
     train: list[str]
     held_out: list[str]
@@ -81,7 +84,7 @@ def load_split(source: Source, packages_dir: Path = PACKAGES_DIR) -> Split:
     held_out: list[str] = []
     for name, text in source.read(packages_dir):
         (held_out if source.held_out.match(name) else train).append(text)
-    return Split(_paged(train), _paged(held_out))
+    return Split(_paged(train), _paged(_without_repeats(held_out, train)))
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
@@ -124,6 +127,18 @@ def _run(*command: str, cwd: Path | None = None) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         raise SourceUnavailableError(f"cannot run {' '.join(command)}") from error
     return result.stdout
+
+
+def _without_repeats(texts: Iterable[str], known: Iterable[str]) -> Iterator[str]:
+    """Drops the lines that known texts have too: Python's help topics quote each other at length.
+
+    Lines too short to be a quotation stay.
+    """
+    quotable = {line for text in known for line in text.splitlines() if len(line) > 20}
+    for text in texts:
+        lines = [line for line in text.splitlines() if line not in quotable]
+        if any(len(line) > 20 for line in lines):
+            yield "\n".join(lines)
 
 
 def _paged(texts: Iterable[str], size: int = 2000) -> list[str]:

@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tinylm")
     parser.add_argument("--packages", type=Path, default=PACKAGES_DIR, help="unpacked sources")
     parser.add_argument("--context", type=int, default=512, help="tokens in a window")
-    parser.add_argument("--limit", type=int, help="score only this many tokens of each source")
+    parser.add_argument("--limit", type=int, default=20_000, help="most tokens of each source")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
 

@@ -2,14 +2,16 @@
 
 The damage of rounding errors ``dW`` in a weight is taken as ``sum_o f_o dW_o M dW_o^T`` over its
 rows and its uses. ``M`` is the second moment of what the weight meets: ``H = E[x x^T]`` for a
-matrix or a convolution, the identity for an embedding. ``f_o`` converts it to nats of KL divergence
-at the output (for models without logits: to the relative squared error there):
+matrix or a convolution, squared gradients for an embedding. ``f_o`` converts it to nats of KL
+divergence at the output (for models without logits: to the relative squared error there):
 
 - Every use has a factor that is measured by perturbing the weight and comparing outputs. That
   damages add up over layers, and that such a factor serves every format, is the linearity theorem
   of HIGGS (arXiv 2411.17525).
-- Rows of the head are weighed by ``E[p_o (1 - p_o)]``: the divergence's second-order expansion.
-- Rows of an embedding are weighed by how often they are read.
+- A layer's rows are weighed by the Fisher information of their outputs ``E[(dL/dy_o)**2]``, from
+  one backward pass over labels that the model draws itself (K-FAC, arXiv 1503.05671), the head's
+  by ``E[p_o (1 - p_o)]``, which is the same in closed form, an embedding's by how often they are
+  read.
 
 Rows that the text hardly meets look free and are not (notes/row-tiles.md), so the weights of rows
 are shrunk towards their mean.
@@ -47,8 +49,8 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Feed: TypeAlias = Mapping[str, Tensor]
 """One sample: a value for each input of the graph."""
 
-Factors: TypeAlias = dict[str, tuple[Array, ...]]
-"""By unit, what an error costs in each of its uses: float32 [rows], or [] where rows are alike."""
+Factors: TypeAlias = Mapping[str, tuple[float, ...]]
+"""By unit, for each of its uses: harm at the output per unit of error."""
 
 SEQUENCES: Final = 16
 LENGTH: Final = 256
@@ -95,26 +97,34 @@ class UseStatistics:
     Attributes:
         kind: How the weight is read.
         source: The name of the value that it is multiplied with, or of the embedding's indices.
-        moment: ``E[x x^T]`` [columns, columns] or its diagonal [columns], float32.
-        rows: float32 [rows]: how often an embedding's row is read, a token; for a head
-            ``E[p (1 - p)]`` of the row's logit; else None.
+        moment: ``M``: [columns, columns], or its diagonal [columns]; float32. ``E[x x^T]``, for an
+            embedding the diagonal ``E[(dL/de)**2]`` of what is looked up.
+        rows: How much an error in each row counts, float32 [rows]: ``E[(dL/dy_o)**2]`` of a layer's
+            outputs, ``E[p_o (1 - p_o)]`` of a head's, how often a token reads an embedding's row.
     """
 
     kind: UseKind
     source: str
     moment: Array
-    rows: Array | None = None
+    rows: Array
 
-    def errors(self, delta: Tensor) -> Tensor:
-        """``dW_o M dW_o^T`` of some rows of errors, [rows]."""
+    def errors(self, delta: Tensor, start: int = 0) -> Tensor:
+        """``f_o dW_o M dW_o^T`` without the measured factor, of the rows from ``start`` on."""
         moment = torch.from_numpy(self.moment)
         met = delta @ moment if moment.dim() == 2 else delta * moment
-        return (met * delta).sum(1)
+        weights = torch.from_numpy(shrunk(self.rows))
+        return weights[start : start + len(delta)] * (met * delta).sum(1)
 
     @property
     def diagonal(self) -> Array:
-        """``E[x_k**2]`` of the columns."""
+        """``M_kk`` of the columns."""
         return self.moment if self.moment.ndim == 1 else np.diagonal(self.moment)
+
+
+def shrunk(rows: Array) -> Array:
+    """Rows' weights, moved towards their mean: what was not met is not free."""
+    result: Array = (1 - SHRINK) * rows + np.float32(SHRINK * rows.mean(dtype=np.float64))
+    return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,25 +134,22 @@ class Statistics:
     Attributes:
         samples: How many tokens or samples were seen.
         uses: By unit, what each of its uses meets, in the order of the graph.
-        factors: By unit, one for each use: damage per unit of error, float32 [rows] or [].
+        factors: By unit, for each of its uses: harm at the output per unit of error.
     """
 
     samples: int
     uses: Mapping[str, tuple[UseStatistics, ...]]
-    factors: Mapping[str, tuple[Array, ...]]
+    factors: Factors
 
     def damage(self, unit: str, delta: Tensor, start: int = 0) -> Tensor:
         """The damage of errors in the rows of a unit from ``start`` on, [rows]."""
-        total = torch.zeros(len(delta))
-        for use, factor in zip(self.uses[unit], self.factors[unit], strict=True):
-            weights = factor[start : start + len(delta)] if factor.ndim else factor
-            total = total + torch.from_numpy(np.asarray(weights)) * use.errors(delta)
-        return total
+        parts = zip(self.uses[unit], self.factors[unit], strict=True)
+        return sum((f * use.errors(delta, start) for use, f in parts), torch.zeros(len(delta)))
 
     def importance(self, unit: str) -> Array:
         """How much an error in each column of a unit counts, for the quantizers; float32."""
         parts = zip(self.uses[unit], self.factors[unit], strict=True)
-        total = sum(use.diagonal * factor.mean() for use, factor in parts)
+        total = sum(use.diagonal * (f * float(use.rows.mean())) for use, f in parts)
         return np.asarray(total, np.float32)
 
 
@@ -217,6 +224,11 @@ def _source(use: Use) -> str:
     return graph.name(value)
 
 
+def _product(use: Use) -> str:
+    """The name of what a use computes."""
+    return graph.name(use.node.outputs[0])
+
+
 def _find_head(model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> Use | None:
     """The linear layer behind the logits, with nothing after it but position-wise operators."""
     linear = {u.node: u for found in uses.values() for u in found if u.kind == "linear"}
@@ -233,7 +245,7 @@ def _find_head(model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> Use | None
 
 def _observe(watched: FloatModel, feeds: Sequence[Feed], progress: Progress) -> Statistics:
     """Gather second moments, and how often and how surely vocabulary rows are met."""
-    observer = _Observer(watched)
+    observer = Observer(watched)
     with progress.stage("calibrate", len(feeds)) as advance:
         for feed in feeds:
             observer.see(feed)
@@ -246,7 +258,7 @@ def _observe(watched: FloatModel, feeds: Sequence[Feed], progress: Progress) -> 
     return observer.statistics()
 
 
-class _Observer:
+class Observer:
     """Sums over samples; uses that meet the same numbers share a key, and so one moment."""
 
     def __init__(self, watched: FloatModel) -> None:
@@ -254,7 +266,7 @@ class _Observer:
         self.by_node = {u.node: u for found in watched.uses.values() for u in found}
         self.moments: dict[str, Tensor] = {}
         self.rows: dict[Use, Tensor] = {}
-        self.slopes: dict[Use, Tensor] = {}
+        self.slopes: dict[Use, tuple[Tensor, int]] = {}
         self.counts: dict[str, int] = {}
         self.seen: set[str] = set()
 
@@ -271,7 +283,7 @@ class _Observer:
 
     def see_gradients(self, feed: Feed, generator: torch.Generator) -> None:
         """Add up the squared gradients at the outputs of layers and embeddings."""
-        by_output = {graph.name(u.node.outputs[0]): u for u in self.by_node.values()}
+        by_output = {_product(use): use for use in self.by_node.values()}
         looked_up = [k for k, u in by_output.items() if u.kind == "embedding"]
         run = self.watched.interpreter.run
         leaves = {k: v.clone() for k, v in run(feed, fetch=looked_up).items()}
@@ -280,22 +292,27 @@ class _Observer:
             for leaf in leaves.values():
                 leaf.requires_grad_()
             values = run(feed, overrides=leaves, fetch=self.watched.fetched, keep=True)
-            ends = [v for k in self.watched.fetched if (v := values[k]).requires_grad]
+            met = {
+                use: values[key]
+                for key, use in by_output.items()
+                if key in values and values[key].requires_grad
+            }
+            ends = [values[k] for k in self.watched.fetched if values[k].requires_grad]
+            if not ends:
+                return
             seeds = [self._seed(end, generator) for end in ends]
-            met = {u: v for k, u in by_output.items() if (v := values.get(k)) is not None}
-            met = {u: v for u, v in met.items() if v.requires_grad}
             found = torch.autograd.grad(ends, list(met.values()), seeds, allow_unused=True)
         for use, slope in zip(met, found, strict=True):
             if slope is not None:
-                rows = slope if use.kind == "conv" else slope.flatten(0, -2).T.unsqueeze(0)
-                squares = rows.transpose(0, 1).flatten(1).square().sum(1)
-                self.slopes[use] = self.slopes[use] + squares if use in self.slopes else squares
+                by_row = slope.movedim(1 if use.kind == "conv" else -1, 0).flatten(1)
+                total, count = self.slopes.get(use, (torch.zeros(len(by_row)), 0))
+                self.slopes[use] = total + by_row.square().sum(1), count + by_row.shape[1]
 
     def _seed(self, end: Tensor, generator: torch.Generator) -> Tensor:
         """A random gradient at an output, whose expected square is the harm of errors there.
 
         For logits that of ``-log p`` of labels drawn from the model itself, so that squared
-        gradients are Fisher information (K-FAC, arXiv 1503.05671); else a normal one.
+        gradients are Fisher information; else a normal one.
         """
         head = self.watched.head
         if head is None and LOGITS not in self.watched.outputs:
@@ -313,11 +330,9 @@ class _Observer:
         if (use := self.by_node.get(node)) is None:
             return
         if use.kind == "embedding":
-            weight, ids = inputs
-            assert weight is not None and ids is not None
-            self._count_rows(
-                use, torch.bincount(ids.flatten() % len(weight), minlength=len(weight))
-            )
+            table, ids = inputs
+            assert table is not None and ids is not None
+            self._count_rows(use, torch.bincount(ids.flatten() % len(table), minlength=len(table)))
             self._meet(use, ids.reshape(-1, 1))
         elif (x := inputs[0]) is not None:
             self._meet(use, x)
@@ -346,17 +361,16 @@ class _Observer:
         return Statistics(max(self.counts.values(), default=0), found, {})
 
     def _use_statistics(self, unit: str, use: Use, moments: Mapping[str, Array]) -> UseStatistics:
-        columns = graph.weight(self.watched.model, unit).shape[1]
-        slopes = self.slopes.get(use, torch.zeros(0))
-        slopes = slopes / slopes.mean() if slopes.sum() > 0 else None
-        moment = moments.get(_key(use), np.zeros(columns, np.float32))
-        rows = slopes
-        if use in self.rows:
-            rows = self.rows[use] / self.counts[_key(use)]
+        """A use that never ran, or that no gradient reaches, counts by its errors alone."""
+        key, (count, columns) = _key(use), graph.weight(self.watched.model, unit).shape
+        total, seen = self.slopes.get(use, (torch.ones(()), 1))
+        slopes = (total / seen).numpy()
+        moment = moments.get(key, np.zeros(columns, np.float32))
+        rows = (self.rows[use] / self.counts[key]).numpy() if use in self.rows else slopes
         if use.kind == "embedding":
-            moment = (torch.ones(columns) if slopes is None else slopes).numpy()
-        met = None if rows is None else rows.float().numpy()
-        return UseStatistics(use.kind, _source(use), moment, met)
+            moment = np.broadcast_to(slopes, columns).copy()
+            rows = rows if use in self.rows else np.zeros(count, np.float32)
+        return UseStatistics(use.kind, _source(use), moment, np.broadcast_to(rows, count).copy())
 
 
 def _key(use: Use) -> str:
@@ -427,31 +441,23 @@ class ForwardProbe:
         """Measure each group of layers, each embedding and the head."""
         probe = _Probe(watched, feeds, self.stride)
         groups = _groups(watched)
-        single = [(u, use) for u, uses in watched.uses.items() for use in uses]
-        single = [(unit, use) for unit, use in single if not _is_layer(watched, use)]
+        single = [
+            (unit, use, met)
+            for unit, uses in watched.uses.items()
+            for use, met in zip(uses, found.uses[unit], strict=True)
+            if not _is_layer(watched, use)
+        ]
         scale: dict[Use, float] = {}
         with progress.stage("probe", len(groups) + len(single)) as advance:
             for units in groups:
                 layers = [use for u in units for use in watched.uses[u] if _is_layer(watched, use)]
                 scale |= dict.fromkeys(layers, probe.layers(found, units))
                 advance()
-            for unit, use in single:
-                head = use is watched.head
-                scale[use] = probe.head(found, unit) if head else probe.embedding(unit, use)
+            for unit, use, met in single:
+                measure = probe.head if use is watched.head else probe.embedding
+                scale[use] = measure(unit, use, met)
                 advance()
-        return {
-            unit: tuple(
-                np.asarray(scale[use] * (1.0 if met.rows is None else shrunk(met.rows)), np.float32)
-                for use, met in zip(uses, found.uses[unit], strict=True)
-            )
-            for unit, uses in watched.uses.items()
-        }
-
-
-def shrunk(rows: Array) -> Array:
-    """Rows' weights, moved towards their mean: what was not met is not free."""
-    result: Array = (1 - SHRINK) * rows + np.float32(SHRINK * rows.mean(dtype=np.float64))
-    return result
+        return {unit: tuple(scale[use] for use in uses) for unit, uses in watched.uses.items()}
 
 
 def _is_layer(watched: FloatModel, use: Use) -> bool:
@@ -488,63 +494,55 @@ class _Probe:
         error = 0.0
         for unit in units:
             weight = graph.weight(self.watched.model, unit)
-            diagonal = np.sum([use.diagonal for use in found.uses[unit]], axis=0)
+            diagonal = np.sum([met.diagonal for met in found.uses[unit]], axis=0)
             rough = _perturbed(weight, diagonal)
             delta = torch.from_numpy(rough - weight)
             for use, met in zip(self.watched.uses[unit], found.uses[unit], strict=True):
                 if _is_layer(self.watched, use):
-                    weights = (
-                        np.ones(len(weight), np.float32) if met.rows is None else shrunk(met.rows)
-                    )
-                    error += float(torch.from_numpy(weights) @ met.errors(delta))
+                    error += float(met.errors(delta).sum(dtype=torch.float64))
             shape = graph.array(self.watched.model.graph.initializers[unit]).shape
             overrides[unit] = torch.from_numpy(rough).reshape(shape)
         harm = sum(self._harm(i, overrides) for i in range(len(self.kept))) / len(self.kept)
         return harm / error if error > 0 else 0.0
 
-    def embedding(self, unit: str, use: Use) -> float:
-        """Harm per unit of squared error of a row, times how often the row is read."""
+    def embedding(self, unit: str, use: Use, met: UseStatistics) -> float:
+        """Harm per unit of error of the rows that are read."""
         weight = graph.weight(self.watched.model, unit)
+        moment = torch.from_numpy(met.moment)
         harm, error = 0.0, 0.0
         for sample, values in enumerate(self.kept):
             ids = values[_source(use)] % len(weight)
-            met, where = torch.unique(ids, return_inverse=True)
-            rows = weight[met.numpy()]
-            rough = torch.from_numpy(_perturbed(rows, None))[where]
-            exact = torch.from_numpy(rows)[where]
-            error += float((rough - exact).square().sum(-1).mean())
+            read, where = torch.unique(ids, return_inverse=True)
+            exact = weight[read.numpy()]
+            delta = torch.from_numpy(_perturbed(exact, met.moment) - exact)[where]
+            error += float((delta.square() * moment).sum(-1).mean())
             # The rows of a tied head stay as they are: the lookup is overridden, not the weight.
-            harm += self._harm(sample, {graph.name(use.node.outputs[0]): rough})
+            harm += self._harm(sample, {_product(use): torch.from_numpy(exact)[where] + delta})
         return harm / error if error > 0 else 0.0
 
-    def head(self, found: Statistics, unit: str) -> float:
-        """Harm per unit of error of a row, times ``E[p (1 - p)]`` of its logit.
+    def head(self, unit: str, use: Use, met: UseStatistics) -> float:
+        """Harm per unit of error of the head.
 
         The expansion of the divergence says a half; what scales or caps the logits after the head,
         and how sureness goes with large inputs, are in the measured value.
         """
-        head = self.watched.head
-        assert head is not None
-        met = next(
-            m for u, m in zip(self.watched.uses[unit], found.uses[unit], strict=True) if u is head
-        )
-        assert met.rows is not None
         weight = graph.weight(self.watched.model, unit)
-        hidden = [self._positions(values[_source(head)]) for values in self.kept]
+        hidden = [self._positions(values[met.source]) for values in self.kept]
         changes = [torch.empty(len(h), len(weight)) for h in hidden]
         error = 0.0
-        step = max(BLOCK // weight.shape[1], 1)
-        for start in range(0, len(weight), step):
-            rows = slice(start, start + step)
-            delta = torch.from_numpy(_perturbed(weight[rows], met.diagonal) - weight[rows])
-            error += float(torch.from_numpy(met.rows[rows]) @ met.errors(delta))
+        rows, moment = torch.from_numpy(met.rows), torch.from_numpy(met.moment)
+        for start in range(0, len(weight), step := max(BLOCK // weight.shape[1], 1)):
+            part = slice(start, start + step)
+            delta = torch.from_numpy(_perturbed(weight[part], met.diagonal) - weight[part])
             for change, h in zip(changes, hidden, strict=True):
-                change[:, rows] = h @ delta.T
-        product = graph.name(head.node.outputs[0])
+                change[:, part] = h @ delta.T
+            error += float(rows[part] @ ((delta @ moment) * delta).sum(1))
         harm = 0.0
         for sample, (change, h) in enumerate(zip(changes, hidden, strict=True)):
-            rough = {product: (self.watched.logits(h, product) + change).unsqueeze(0)}
-            values = self.watched.interpreter.run({}, overrides=rough, fetch=[LOGITS])
+            rough = (self.watched.logits(h, _product(use)) + change).unsqueeze(0)
+            values = self.watched.interpreter.run(
+                {}, overrides={_product(use): rough}, fetch=[LOGITS]
+            )
             harm += self._divergence(sample, values[LOGITS][0]) / len(hidden)
         return harm / error if error > 0 else 0.0
 
@@ -742,14 +740,12 @@ def save(statistics: Statistics, path: Path) -> None:
     units = []
     for unit, uses in statistics.uses.items():
         described = []
-        for index, (use, factor) in enumerate(zip(uses, statistics.factors[unit], strict=True)):
+        for index, use in enumerate(uses):
             where = shared.setdefault(id(use.moment), f"moment.{len(shared)}")
             tensors[where] = torch.from_numpy(use.moment)
-            tensors[f"factor.{unit}.{index}"] = torch.from_numpy(factor)
-            if use.rows is not None:
-                tensors[f"rows.{unit}.{index}"] = torch.from_numpy(use.rows)
+            tensors[f"rows.{unit}.{index}"] = torch.from_numpy(use.rows)
             described.append({"kind": use.kind, "source": use.source, "moment": where})
-        units.append({"name": unit, "uses": described})
+        units.append({"name": unit, "uses": described, "factors": statistics.factors[unit]})
     about = {"samples": statistics.samples, "units": units}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".statistics-") as scratch:
@@ -768,20 +764,19 @@ def load(path: Path) -> Statistics:
         with safetensors.safe_open(path, "np") as file:
             about = json.loads(file.metadata()["mxcompile"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        uses: dict[str, tuple[UseStatistics, ...]] = {}
-        factors: dict[str, tuple[Array, ...]] = {}
-        for unit in about["units"]:
-            name = unit["name"]
-            uses[name] = tuple(
+        uses = {
+            unit["name"]: tuple(
                 UseStatistics(
                     use["kind"],
                     use["source"],
                     tensors[use["moment"]],
-                    tensors.get(f"rows.{name}.{i}"),
+                    tensors[f"rows.{unit['name']}.{index}"],
                 )
-                for i, use in enumerate(unit["uses"])
+                for index, use in enumerate(unit["uses"])
             )
-            factors[name] = tuple(tensors[f"factor.{name}.{i}"] for i in range(len(uses[name])))
+            for unit in about["units"]
+        }
+        factors = {unit["name"]: tuple(unit["factors"]) for unit in about["units"]}
         return Statistics(about["samples"], uses, factors)
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: no calibration statistics ({error})") from error

@@ -563,7 +563,8 @@ def _attention(builder: _Builder, node: ir.Node) -> Expr:
         shape = shape_of(tensor)
         if len(shape) != 4:
             raise UnsupportedError(f"{graph.describe(node)}: a mask of rank {len(shape)}")
-        mask = cpu_attention.Mask(tensor.ty.dtype, shape[1] != 1, shape[2] != 1)
+        per_head, per_query = (not (isinstance(d, int) and d == 1) for d in shape[1:3])
+        mask = cpu_attention.Mask(str(tensor.ty.dtype), per_head, per_query)
         args.append(tensor)
     kernel = builder.kernel(cpu_attention.attend_all, attention, mask, builder.simd)
     return builder.call(kernel, args, (*shape_of(q)[:-1], heads * dim))
@@ -589,7 +590,7 @@ def phases(target: Target) -> dict[str, list[Any]]:
     """TVM's passes in the order in which they run, by phase."""
     transform = relax.transform
 
-    @tvm.transform.module_pass(opt_level=0)
+    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
     def schedule(module: Any, _context: Any) -> Any:
         return cpu_schedule.schedule(module, _simd(target))
 

@@ -81,7 +81,7 @@ def solve(
     if (least := problem.size(np.zeros(problem.tiles, np.int8))) > limit:
         smallest = budget.express(least + fixed_bytes, parameters)
         raise BudgetError(f"{budget} cannot be met: the smallest plan takes {smallest}")
-    relaxed = _lagrange(problem, limit)
+    relaxed = _lagrange(problem, limit, _steps(problem))
     choice, bound = relaxed.choice, relaxed.bound
     method: Method = "lagrange"
     if problem.tiles <= exact_tiles and _gap(problem.total(choice), bound) > EXACT_GAP:
@@ -97,8 +97,9 @@ def sweep(costs: Costs, count: int) -> Iterator[tuple[int, float]]:
     problem = _Problem.of(costs)
     least = problem.size(np.zeros(problem.tiles, np.int8))
     most = problem.size(np.full(problem.tiles, problem.damage.shape[1] - 1, np.int8))
+    steps = _steps(problem)
     for limit in np.linspace(least, most, count).astype(np.int64).tolist():
-        choice = _lagrange(problem, limit).choice
+        choice = _lagrange(problem, limit, steps).choice
         yield problem.size(choice), problem.total(choice)
 
 
@@ -159,9 +160,9 @@ class _Relaxed:
     price: float
 
 
-def _lagrange(problem: _Problem, limit: int) -> _Relaxed:
-    """Solve the linear relaxation and round it to a plan that fits."""
-    worth, extra = _steps(problem)
+def _lagrange(problem: _Problem, limit: int, steps: tuple[Array, Array]) -> _Relaxed:
+    """Solve the linear relaxation and round it to a plan that fits; ``steps`` are ``_steps``'s."""
+    worth, extra = steps
     spare = limit - problem.size(np.zeros(problem.tiles, np.int8))
     price = _price(worth, extra, spare)
     taken = worth > price

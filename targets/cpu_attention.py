@@ -11,7 +11,8 @@ written. Paged caches and ragged batches are left out: an edge device serves one
 batch advances in step.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ from mxcompile.targets.cpu_norm import (
 _SPAN = 128  # keys whose scores _stream holds at a time
 _ROWS = 48  # query rows that _tile holds, about
 _KEYS = 64  # keys that _tile holds
+_HEIGHT = 6  # rows of _tile that share the registers; with 4 or 2 vectors they fill three quarters
 _SPLIT = 64  # fewer keys than this are not worth a thread of their own
 _SERIAL_MACS = 1 << 16  # less work than this is not worth a thread launch
 
@@ -167,7 +169,7 @@ def attend(attention: Attention, dtype: str, simd: Simd) -> tirx.PrimFunc:
 
         with T.sblock("root"):
             total = past[0] + seq
-            with T.If(seq * a.group <= 2 * _row_tile(simd)):
+            with T.If(seq * a.group <= 2 * _HEIGHT):
                 with T.Then():
                     _decode(a, simd, batch, seq, total, head)
                 with T.Else():
@@ -287,6 +289,10 @@ def _chunks(dim: int, lanes: int) -> list[tuple[int, int]]:
     return [(c, min(lanes, dim - c)) for c in range(0, dim, lanes)]
 
 
+def _padded_dim(a: Attention, simd: Simd) -> int:
+    return -(-a.dim // simd.lanes) * simd.lanes
+
+
 def _padded(read: Read, chunk: tuple[Any, int], lanes: int) -> Expr:
     """Load a chunk as a whole vector, zeros after a short one."""
     start, width = chunk
@@ -360,109 +366,141 @@ def _transpose(rows: list[Expr]) -> list[Expr]:
     return rows
 
 
-# --- online softmax ---
+# --- rows of queries, with an online softmax ---
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
-    """Rows of queries, of scores against the current keys, and of output so far."""
+class _Rows:
+    """Rows of queries, their scores against a block of keys, and their output so far."""
 
-    q: Any
+    attention: Attention
+    simd: Simd
+    query: Any
     scores: Any
     out: Any
     peak: Any
     total: Any
     decay: Any
 
+    @staticmethod
+    def allocate(a: Attention, simd: Simd, rows: int, keys: int) -> "_Rows":
+        """Make room for so many rows and keys."""
+        width = _padded_dim(a, simd)
+        wide = scratch(rows, width), scratch(rows, keys), scratch(rows, width)
+        return _Rows(a, simd, *wide, *(scratch(rows) for _ in range(3)))
 
-def _state(a: Attention, simd: Simd, rows: int, keys: int) -> _State:
-    width = len(_chunks(a.dim, simd.lanes)) * simd.lanes
-    return _State(
-        scratch(rows, width),
-        scratch(rows, keys),
-        scratch(rows, width),
-        *(scratch(rows) for _ in range(3)),
-    )
+    def start(self, r: Expr, read: Read) -> None:
+        """Fill a row with its query, scaled, and an empty output."""
+        lanes = self.simd.lanes
+        for chunk in _chunks(self.attention.dim, lanes):
+            query = _padded(read, chunk, lanes) * T.float32(self.attention.scale)
+            store(self.query, query, r, chunk[0])
+            store(self.out, splat(0.0, lanes), r, chunk[0])
+        store(self.peak, T.float32(LOWEST), r)
+        store(self.total, T.float32(0.0), r)
 
+    def weigh(
+        self,
+        r: Expr,
+        block: tuple[Expr, Expr],
+        visible: tuple[Expr, Expr],
+        bias: Callable[[Expr], Expr] | None,
+    ) -> None:
+        """Turn a row's scores against a block of keys (first, count) into weights.
 
-def _start(a: Attention, simd: Simd, state: _State, r: Expr, read: Read) -> None:
-    """Fill a row with its query, scaled, and an empty output."""
-    for chunk in _chunks(a.dim, simd.lanes):
-        store(state.q, _padded(read, chunk, simd.lanes) * T.float32(a.scale), r, chunk[0])
-        store(state.out, splat(0.0, simd.lanes), r, chunk[0])
-    store(state.peak, T.float32(LOWEST), r)
-    store(state.total, T.float32(0.0), r)
-
-
-def _weigh(
-    a: Attention,
-    simd: Simd,
-    state: _State,
-    r: Expr,
-    visible: tuple[Expr, Expr],
-    block: tuple[Expr, Expr],
-    bias: Callable[[Expr], Expr] | None,
-) -> None:
-    """Turn a row's scores against a block of keys (first, count) into weights.
-
-    Keys outside ``visible``, which counts from the first, get none.
-    """
-    lanes = simd.lanes
-    start, count = block
-    steps = hold(T.floordiv(count + (lanes - 1), lanes))
-    if a.softcap:
+        Keys outside ``visible``, which counts from the block's first, get none.
+        """
+        lanes = self.simd.lanes
+        steps = hold(T.floordiv(block[1] + (lanes - 1), lanes))
+        self._bend(r, block, steps, bias)
+        low, high = (hold(T.Cast("int32", v)) for v in visible)
+        (peaks,) = registers(1, lanes, LOWEST)
         with T.serial(int64(0), steps) as step:
-            score = load(state.scores, r, step * lanes, lanes=lanes) * T.float32(1 / a.softcap)
-            store(state.scores, tanh(score) * T.float32(a.softcap), r, step * lanes)
-    if bias:
+            j = hold(T.Ramp(T.Cast("int32", step) * lanes, 1, lanes))
+            seen = T.bitwise_and(j >= low, j < high)
+            score = load(self.scores, r, step * lanes, lanes=lanes)
+            score = hold(T.Select(seen, score, splat(LOWEST, lanes)))
+            store(self.scores, score, r, step * lanes)
+            store(peaks, T.max(load(peaks, 0, lanes=lanes), score), 0)
+        old = hold(self.peak[r])
+        new = hold(T.max(old, fold(load(peaks, 0, lanes=lanes), T.max)))
+        (sums,) = registers(1, lanes)
+        with T.serial(int64(0), steps) as step:
+            weight = hold(exp(load(self.scores, r, step * lanes, lanes=lanes) - new))
+            store(self.scores, weight, r, step * lanes)
+            store(sums, load(sums, 0, lanes=lanes) + weight, 0)
+        decay = hold(exp(old - new))
+        store(self.decay, decay, r)
+        store(self.peak, new, r)
+        total = fold(load(sums, 0, lanes=lanes), lambda x, y: x + y)
+        store(self.total, self.total[r] * decay + total, r)
+
+    def _bend(
+        self, r: Expr, block: tuple[Expr, Expr], steps: Expr, bias: Callable[[Expr], Expr] | None
+    ) -> None:
+        """Apply the soft cap and the mask to a row's scores."""
+        lanes, cap = self.simd.lanes, self.attention.softcap
+        if cap:
+            with T.serial(int64(0), steps) as step:
+                score = load(self.scores, r, step * lanes, lanes=lanes) * T.float32(1 / cap)
+                store(self.scores, tanh(score) * T.float32(cap), r, step * lanes)
+        if bias:
+            start, count = block
+            with T.serial(int64(0), count) as j:
+                # masked is not as low as unseen: a row that is masked all over still has weights
+                score = T.max(self.scores[r, j] + bias(start + j), T.float32(LOWEST / 2))
+                store(self.scores, score, r, j)
+
+    def mix(
+        self, row: Expr, height: int, vectors: int, count: Expr, value: Callable[[Expr], Read]
+    ) -> None:
+        """Add ``count`` weighted values to neighbouring rows, so many vectors at a time."""
+        lanes, dim = self.simd.lanes, self.attention.dim
+        whole = dim // (lanes * vectors)
+        with T.serial(int64(0), int64(whole)) as tile:
+            first = hold(tile * (lanes * vectors))
+            chunks = [(first + v * lanes, lanes) for v in range(vectors)]
+            self._mix_tile(row, height, chunks, count, value)
+        if rest := _chunks(dim, lanes)[whole * vectors :]:
+            self._mix_tile(row, height, rest, count, value)
+
+    def _mix_tile(
+        self,
+        row: Expr,
+        height: int,
+        chunks: Sequence[tuple[Any, int]],
+        count: Expr,
+        value: Callable[[Expr], Read],
+    ) -> None:
+        lanes = self.simd.lanes
+        sums = [[scratch(lanes) for _ in chunks] for _ in range(height)]
+        for r, line in enumerate(sums):
+            for total, (c, _) in zip(line, chunks, strict=True):
+                old = load(self.out, row + r, c, lanes=lanes)
+                store(total, old * self.decay[row + r], 0)
         with T.serial(int64(0), count) as j:
-            total = state.scores[r, j] + bias(start + j)
-            store(state.scores, T.max(total, T.float32(LOWEST / 2)), r, j)
-    low, high = (hold(T.Cast("int32", v)) for v in visible)
-    (peaks,) = registers(1, lanes, LOWEST)
-    with T.serial(int64(0), steps) as step:
-        j = hold(T.Ramp(T.Cast("int32", step) * lanes, 1, lanes))
-        seen = T.bitwise_and(j >= low, j < high)
-        score = load(state.scores, r, step * lanes, lanes=lanes)
-        score = hold(T.Select(seen, score, splat(LOWEST, lanes)))
-        store(state.scores, score, r, step * lanes)
-        store(peaks, T.max(load(peaks, 0, lanes=lanes), score), 0)
-    old = hold(state.peak[r])
-    new = hold(T.max(old, fold(load(peaks, 0, lanes=lanes), T.max)))
-    (sums,) = registers(1, lanes)
-    with T.serial(int64(0), steps) as step:
-        weight = hold(exp(load(state.scores, r, step * lanes, lanes=lanes) - new))
-        store(state.scores, weight, r, step * lanes)
-        store(sums, load(sums, 0, lanes=lanes) + weight, 0)
-    decay = hold(exp(old - new))
-    store(state.decay, decay, r)
-    store(state.peak, new, r)
-    total = fold(load(sums, 0, lanes=lanes), lambda x, y: x + y)
-    store(state.total, state.total[r] * decay + total, r)
+            columns = [_padded(value(j), chunk, lanes) for chunk in chunks]
+            for r, line in enumerate(sums):
+                weight = hold(self.scores[row + r, j])
+                for total, column in zip(line, columns, strict=True):
+                    store(total, load(total, 0, lanes=lanes) + column * weight, 0)
+        for r, line in enumerate(sums):
+            for total, (c, _) in zip(line, chunks, strict=True):
+                store(self.out, load(total, 0, lanes=lanes), row + r, c)
+
+    def finish(self, r: Expr, write: Write) -> None:
+        """Divide a row by the sum of its weights and hand it out."""
+        factor = hold(T.float32(1.0) / self.total[r])
+        for chunk in _chunks(self.attention.dim, self.simd.lanes):
+            _put(write, chunk, load(self.out, r, chunk[0], lanes=self.simd.lanes) * factor)
 
 
-def _mix(
-    simd: Simd,
-    state: _State,
-    row: Expr,
-    rows: int,
-    chunks: list[tuple[int, int]],
-    count: Expr,
-    value: Callable[[Expr], Read],
-) -> None:
-    """Add ``count`` weighted values to some columns of some neighbouring rows."""
-    lanes = simd.lanes
-    sums = {(r, c): scratch(lanes) for r in range(rows) for c in chunks}
-    for (r, c), total in sums.items():
-        store(total, load(state.out, row + r, c[0], lanes=lanes) * state.decay[row + r], 0)
-    with T.serial(int64(0), count) as j:
-        columns = {c: _padded(value(j), c, lanes) for c in chunks}
-        for r in range(rows):
-            weight = hold(state.scores[row + r, j])
-            for c in chunks:
-                store(sums[r, c], load(sums[r, c], 0, lanes=lanes) + columns[c] * weight, 0)
-    for (r, c), total in sums.items():
-        store(state.out, load(total, 0, lanes=lanes), row + r, c[0])
+def _visible(a: Attention, source: _Head, i: Expr) -> tuple[Expr, Expr]:
+    """Tell the first key that query position ``i`` sees, and the end."""
+    if not a.causal:
+        return int64(0), source.keys
+    end = source.past + i + 1
+    return (T.max(end - a.window, int64(0)) if a.window else int64(0)), end
 
 
 # --- decoding: keys come straight from the cache ---
@@ -477,14 +515,14 @@ def _decode(
     head: Callable[[Expr, Expr], _Head],
 ) -> None:
     """Attend from each position by itself; cut the keys in parts when heads are too few."""
+    lanes, threads = simd.lanes, simd.threads
     heads = batch * seq * a.kv_heads
-    few = T.And(heads < 4 * simd.threads, T.floormod(heads, simd.threads) != 0)
     reach = T.min(total, int64(a.window)) if a.window else total
+    even = threads // math.gcd(a.kv_heads, threads)  # with so many, threads get equal shares
     most = T.max(T.floordiv(reach, _SPLIT), int64(1))
-    wanted = T.if_then_else(few, T.min(int64(simd.threads), most), int64(1))
-    width = len(_chunks(a.dim, simd.lanes)) * simd.lanes
-    items = T.min(heads, 4 * simd.threads) * simd.threads
-    partial = scratch(items, a.group, width)
+    wanted = T.if_then_else(heads < 4 * threads, T.min(int64(even), most), int64(1))
+    items = T.min(heads, 4 * threads) * even
+    partial = scratch(items, a.group, _padded_dim(a, simd))
     peaks, totals = (scratch(items, a.group) for _ in range(2))
 
     def one(item: Expr) -> None:
@@ -494,163 +532,128 @@ def _decode(
         low, high = (hold(v) for v in _visible(a, source, i))
         share = hold(T.floordiv(high - low + parts - 1, parts))
         first = hold(low + part * share)
-        state = _stream(a, simd, source, i, first, hold(T.min(first + share, high)))
+        rows = _stream(a, simd, source, i, first, hold(T.min(first + share, high)))
         with T.If(parts == 1):
             with T.Then(), T.serial(int64(0), int64(a.group)) as g:
-                _finish(a, simd, source, state, g, i, g)
+                rows.finish(g, source.put(i, g))
             with T.Else(), T.serial(int64(0), int64(a.group)) as g:
-                store(peaks, state.peak[g], item, g)
-                store(totals, state.total[g], item, g)
-                for c, _ in _chunks(a.dim, simd.lanes):
-                    store(partial, load(state.out, g, c, lanes=simd.lanes), item, g, c)
+                store(peaks, rows.peak[g], item, g)
+                store(totals, rows.total[g], item, g)
+                for c, _ in _chunks(a.dim, lanes):
+                    store(partial, load(rows.out, g, c, lanes=lanes), item, g, c)
 
     spread(heads * wanted, heads * reach * (a.group * a.dim) < _SERIAL_MACS, one)
 
     with T.If(wanted > 1), T.Then(), T.serial(int64(0), heads) as index:
         parts = hold(wanted)
         b, h, i = unravel(index, [batch, int64(a.kv_heads), seq])
-        _merge(a, simd, head(b, h), i, hold(index * parts), parts, (partial, peaks, totals))
-
-
-def _visible(a: Attention, source: _Head, i: Expr) -> tuple[Expr, Expr]:
-    """Tell the first key that query position ``i`` sees, and the end."""
-    if not a.causal:
-        return int64(0), source.keys
-    end = source.past + i + 1
-    return (T.max(end - a.window, int64(0)) if a.window else int64(0)), end
-
-
-def _stream(a: Attention, simd: Simd, source: _Head, i: Expr, first: Expr, last: Expr) -> _State:
-    """Attend from position ``i`` to the keys from ``first`` to before ``last``."""
-    state = _state(a, simd, a.group, _SPAN)
-    for g in range(a.group):
-        _start(a, simd, state, int64(g), source.query(i, g))
-    with T.serial(int64(0), T.floordiv(last - first + (_SPAN - 1), _SPAN)) as block:
-        start = hold(first + block * _SPAN)
-        count = hold(T.min(last - start, int64(_SPAN)))
-        for g, rows in _row_groups(a.group):
-            _scores(a, simd, source, state, (g, rows), start, count)
+        first, source = hold(index * parts), head(b, h)
         with T.serial(int64(0), int64(a.group)) as g:
-            _weigh(a, simd, state, g, (int64(0), count), (start, count), None)
-        budget = simd.registers // 2
-        for g, rows in _row_groups(a.group):
-            chunks = _chunks(a.dim, simd.lanes)
-            step = budget // rows
-            for c in range(0, len(chunks), step):
-                _mix(
-                    simd,
-                    state,
-                    int64(g),
-                    rows,
-                    chunks[c : c + step],
-                    count,
-                    lambda j: source.value(start + j),
-                )
-    return state
-
-
-def _row_groups(rows: int) -> list[tuple[int, int]]:
-    """Cut rows in groups of 4, 2 and 1: (first, rows)."""
-    out = []
-    first = 0
-    for size in (4, 2, 1):
-        while rows - first >= size:
-            out.append((first, size))
-            first += size
-    return out
-
-
-def _scores(
-    a: Attention,
-    simd: Simd,
-    source: _Head,
-    state: _State,
-    rows: tuple[int, int],
-    start: Expr,
-    count: Expr,
-) -> None:
-    """Score ``count`` keys from ``start`` against some rows; the vectors run along the columns."""
-    row, height = rows
-    lanes = simd.lanes
-    keys = max(simd.registers // 2, lanes) // height
-    piece = min(keys, lanes)
-
-    def tile(base: Expr, position: Callable[[int], Expr]) -> None:
-        sums = registers(height * keys, lanes)
-        places = [hold(position(k)) for k in range(keys)]
-
-        def step(chunk: tuple[Expr | int, int], at: Expr | int) -> None:
-            query = [hold(load(state.q, row + r, at, lanes=lanes)) for r in range(height)]
-            for k in range(keys):
-                key = _padded(source.key(places[k]), chunk, lanes)
-                for r in range(height):
-                    total = sums[r * keys + k]
-                    store(total, load(total, 0, lanes=lanes) + query[r] * key, 0)
-
-        with T.serial(int64(0), int64(a.dim // lanes)) as c:
-            step((c * lanes, lanes), c * lanes)
-        for chunk in _chunks(a.dim, lanes)[a.dim // lanes :]:
-            step(chunk, chunk[0])
-        for v in range(0, height * keys, lanes):
-            score = _sums([load(s, 0, lanes=lanes) for s in sums[v : v + lanes]])
-            for p in range(0, lanes, piece):
-                r, k = divmod(v + p, keys)
-                part = T.Shuffle([score], list(range(p, p + piece)))
-                store(state.scores, part if piece < lanes else score, row + r, base + k)
-
-    full = hold(T.floordiv(count, keys))
-    with T.serial(int64(0), full) as block:
-        tile(hold(block * keys), lambda k: start + block * keys + k)
-    with T.If(T.floormod(count, keys) != 0), T.Then():
-        base = hold(full * keys)
-        tile(base, lambda k: start + T.min(base + k, count - 1))
-
-
-def _finish(
-    a: Attention, simd: Simd, source: _Head, state: _State, r: Expr, i: Expr, g: Expr | int
-) -> None:
-    """Divide a row by the sum of its weights and hand it out."""
-    factor = hold(T.float32(1.0) / state.total[r])
-    for chunk in _chunks(a.dim, simd.lanes):
-        value = load(state.out, r, chunk[0], lanes=simd.lanes) * factor
-        _put(source.put(i, g), chunk, value)
+            _merge(a, simd, (partial, peaks, totals), g, (first, parts), source.put(i, g))
 
 
 def _merge(
     a: Attention,
     simd: Simd,
-    source: _Head,
-    i: Expr,
-    first: Expr,
-    parts: Expr,
     partial: tuple[Any, Any, Any],
+    g: Expr,
+    span: tuple[Expr, Expr],
+    write: Write,
 ) -> None:
-    """Join the outputs of the parts of a position's keys."""
+    """Join the outputs of the parts (first, count) of a row's keys."""
     outs, peaks, totals = partial
+    first, parts = span
+    peak, total = (registers(1, 1, value)[0] for value in (LOWEST, 0.0))
+    with T.serial(int64(0), parts) as p:
+        store(peak, T.max(peak[0], peaks[first + p, g]), 0)
+    with T.serial(int64(0), parts) as p:
+        weight = hold(exp(peaks[first + p, g] - peak[0]))
+        store(peaks, weight, first + p, g)
+        store(total, total[0] + weight * totals[first + p, g], 0)
+    factor = hold(T.float32(1.0) / total[0])
+    for chunk in _chunks(a.dim, simd.lanes):
+        (value,) = registers(1, simd.lanes)
+        with T.serial(int64(0), parts) as p:
+            part = load(outs, first + p, g, chunk[0], lanes=simd.lanes)
+            store(value, load(value, 0, lanes=simd.lanes) + part * peaks[first + p, g], 0)
+        _put(write, chunk, load(value, 0, lanes=simd.lanes) * factor)
+
+
+def _stream(a: Attention, simd: Simd, source: _Head, i: Expr, first: Expr, last: Expr) -> _Rows:
+    """Attend from position ``i`` to the keys from ``first`` to before ``last``."""
+    rows = _Rows.allocate(a, simd, a.group, _SPAN)
     with T.serial(int64(0), int64(a.group)) as g:
-        peak, total = registers(2, 1, LOWEST)
-        with T.serial(int64(0), parts) as p:
-            store(peak, T.max(peak[0], peaks[first + p, g]), 0)
-        store(total, T.float32(0.0), 0)
-        with T.serial(int64(0), parts) as p:
-            weight = hold(exp(peaks[first + p, g] - peak[0]))
-            store(peaks, weight, first + p, g)
-            store(total, total[0] + weight * totals[first + p, g], 0)
-        factor = hold(T.float32(1.0) / total[0])
-        for chunk in _chunks(a.dim, simd.lanes):
-            (value,) = registers(1, simd.lanes)
-            with T.serial(int64(0), parts) as p:
-                part = load(outs, first + p, g, chunk[0], lanes=simd.lanes)
-                store(value, load(value, 0, lanes=simd.lanes) + part * peaks[first + p, g], 0)
-            result = load(value, 0, lanes=simd.lanes) * factor
-            _put(source.put(i, g), chunk, result)
+        rows.start(g, source.query(i, g))
+    with T.serial(int64(0), T.floordiv(last - first + (_SPAN - 1), _SPAN)) as block:
+        start = hold(first + block * _SPAN)
+        count = hold(T.min(last - start, int64(_SPAN)))
+        _by_fours(a.group, lambda g, height: _score(source, rows, (g, height), start, count))
+        with T.serial(int64(0), int64(a.group)) as g:
+            rows.weigh(g, (start, count), (int64(0), count), None)
+        values = simd.registers // 2
+        _by_fours(
+            a.group,
+            lambda g, height: rows.mix(
+                g, height, values // height, count, lambda j: source.value(start + j)
+            ),
+        )
+    return rows
+
+
+def _by_fours(count: int, body: Callable[[Expr, int], None]) -> None:
+    """Run ``body(first, rows)`` for groups of 4 rows, and of 2 and 1 for the rest."""
+    with T.serial(int64(0), int64(count // 4)) as four:
+        body(hold(four * 4), 4)
+    for height in (2, 1):
+        if count & height:
+            body(int64(count // (2 * height) * (2 * height)), height)
+
+
+def _score(source: _Head, rows: _Rows, span: tuple[Expr, int], start: Expr, count: Expr) -> None:
+    """Score ``count`` keys from ``start`` against some rows; the vectors run along the columns."""
+    lanes, height = rows.simd.lanes, span[1]
+    keys = max(rows.simd.registers // 2, lanes) // height
+    full = hold(T.floordiv(count, keys))
+    with T.serial(int64(0), full) as block:
+        base = hold(block * keys)
+        _score_tile(source, rows, span, base, [hold(start + base + k) for k in range(keys)])
+    with T.If(full * keys < count), T.Then():
+        base = hold(full * keys)
+        last = hold(count - 1)
+        places = [hold(start + T.min(base + k, last)) for k in range(keys)]
+        _score_tile(source, rows, span, base, places)
+
+
+def _score_tile(
+    source: _Head, rows: _Rows, span: tuple[Expr, int], base: Expr, places: list[Expr]
+) -> None:
+    """Score the keys at some places; keep the scores from ``base``."""
+    row, height = span
+    lanes, dim, keys = rows.simd.lanes, rows.attention.dim, len(places)
+    sums = registers(height * keys, lanes)
+
+    def step(chunk: tuple[Any, int]) -> None:
+        query = [hold(load(rows.query, row + r, chunk[0], lanes=lanes)) for r in range(height)]
+        for k, place in enumerate(places):
+            key = _padded(source.key(place), chunk, lanes)
+            for r in range(height):
+                total = sums[r * keys + k]
+                store(total, load(total, 0, lanes=lanes) + query[r] * key, 0)
+
+    with T.serial(int64(0), int64(dim // lanes)) as c:
+        step((c * lanes, lanes))
+    for chunk in _chunks(dim, lanes)[dim // lanes :]:
+        step(chunk)
+    piece = min(keys, lanes)
+    for v in range(0, height * keys, lanes):
+        score = _sums([load(s, 0, lanes=lanes) for s in sums[v : v + lanes]])
+        for p in range(0, lanes, piece):
+            r, k = divmod(v + p, keys)
+            part = T.Shuffle([score], list(range(p, p + piece))) if piece < lanes else score
+            store(rows.scores, part, row + r, base + k)
 
 
 # --- prefill: blocks of queries meet blocks of keys ---
-
-
-def _row_tile(simd: Simd) -> int:
-    return 6
 
 
 def _prefill(
@@ -679,52 +682,37 @@ def _prefill(
 
 def _tile(a: Attention, simd: Simd, source: _Head, first: Expr, count: Expr, most: int) -> None:
     """Attend from ``count`` (of at most ``most``) positions from ``first``."""
-    lanes, height = simd.lanes, _row_tile(simd)
-    tiles = -(-most * a.group // height)
-    state = _state(a, simd, tiles * height, _KEYS)
-    width = len(_chunks(a.dim, lanes)) * lanes
-    keys = scratch(width, _KEYS)
-    used = hold(T.floordiv(count * a.group + (height - 1), height))
+    tiles = -(-most * a.group // _HEIGHT)
+    rows = _Rows.allocate(a, simd, tiles * _HEIGHT, _KEYS)
+    keys = scratch(_padded_dim(a, simd), _KEYS)
+    used = hold(T.floordiv(count * a.group + (_HEIGHT - 1), _HEIGHT))
+    vectors = simd.registers * 3 // 4 // _HEIGHT
 
-    def position(r: Expr) -> Expr:  # the rows that fill up the last tile repeat the last position
-        return first + T.min(T.floordiv(r, a.group), count - 1)
+    def place(r: Expr) -> tuple[Expr, Expr]:
+        """Give a row's position and member; those that fill up the last tile repeat the last."""
+        i = first + T.min(T.floordiv(r, a.group), count - 1)
+        return hold(i), hold(T.floormod(r, a.group))
 
-    with T.serial(int64(0), used * height) as r:
-        i, g = hold(position(r)), hold(T.floormod(r, a.group))
-        _start(a, simd, state, r, source.query(i, g))
+    with T.serial(int64(0), used * _HEIGHT) as r:
+        rows.start(r, source.query(*place(r)))
 
-    low, _ = _visible(a, source, first)
-    _, high = _visible(a, source, first + count - 1)
-    low, high = hold(low), hold(high)
+    low, high = hold(_visible(a, source, first)[0]), hold(_visible(a, source, first + count - 1)[1])
     with T.serial(int64(0), T.floordiv(high - low + (_KEYS - 1), _KEYS)) as block:
         start = hold(low + block * _KEYS)
         length = hold(T.min(high - start, int64(_KEYS)))
         _fetch(a, simd, source, keys, start, length)
         with T.serial(int64(0), used) as t:
-            _product(a, simd, state, keys, hold(t * height), height)
-        with T.serial(int64(0), used * height) as r:
-            i, g = hold(position(r)), hold(T.floormod(r, a.group))
+            _product(rows, keys, hold(t * _HEIGHT), vectors)
+        with T.serial(int64(0), used * _HEIGHT) as r:
+            i, g = place(r)
             begin, end = _visible(a, source, i)
             seen = (T.max(begin - start, int64(0)), T.min(end - start, length))
-            bias = source.bias and source.bias(i, g)
-            _weigh(a, simd, state, r, seen, (start, length), bias)
-        chunks = _chunks(a.dim, lanes)
-        step = max(1, (simd.registers * 3 // 4) // height)
+            rows.weigh(r, (start, length), seen, source.bias and source.bias(i, g))
         with T.serial(int64(0), used) as t:
-            for c in range(0, len(chunks), step):
-                _mix(
-                    simd,
-                    state,
-                    hold(t * height),
-                    height,
-                    chunks[c : c + step],
-                    length,
-                    lambda j: source.value(start + j),
-                )
+            rows.mix(hold(t * _HEIGHT), _HEIGHT, vectors, length, lambda j: source.value(start + j))
 
     with T.serial(int64(0), count * a.group) as r:
-        i, g = hold(position(r)), hold(T.floormod(r, a.group))
-        _finish(a, simd, source, state, r, i, g)
+        rows.finish(r, source.put(*place(r)))
 
 
 def _fetch(a: Attention, simd: Simd, source: _Head, keys: Any, start: Expr, length: Expr) -> None:
@@ -734,8 +722,8 @@ def _fetch(a: Attention, simd: Simd, source: _Head, keys: Any, start: Expr, leng
         places = [hold(start + T.min(v * lanes + k, length - 1)) for k in range(lanes)]
 
         def square(chunk: tuple[Any, int]) -> None:
-            rows = [_padded(source.key(p), chunk, lanes) for p in places]
-            for i, column in enumerate(_transpose(rows)):
+            lines = [_padded(source.key(p), chunk, lanes) for p in places]
+            for i, column in enumerate(_transpose(lines)):
                 store(keys, column, chunk[0] + i, v * lanes)
 
         with T.serial(int64(0), int64(a.dim // lanes)) as c:
@@ -744,20 +732,18 @@ def _fetch(a: Attention, simd: Simd, source: _Head, keys: Any, start: Expr, leng
             square(chunk)
 
 
-def _product(a: Attention, simd: Simd, state: _State, keys: Any, row: Expr, height: int) -> None:
+def _product(rows: _Rows, keys: Any, row: Expr, vectors: int) -> None:
     """Score a tile of rows against a block of transposed keys; the vectors run along the keys."""
-    lanes = simd.lanes
-    vectors = (simd.registers * 3 // 4) // height
-    for base in range(0, _KEYS // lanes, vectors):
-        sums = registers(height * vectors, lanes)
-        with T.serial(int64(0), int64(a.dim)) as c:
-            key = [hold(load(keys, c, (base + v) * lanes, lanes=lanes)) for v in range(vectors)]
-            for r in range(height):
-                query = hold(state.q[row + r, c])
-                for v in range(vectors):
-                    total = sums[r * vectors + v]
-                    store(total, load(total, 0, lanes=lanes) + key[v] * query, 0)
-        for r in range(height):
-            for v in range(vectors):
-                total = load(sums[r * vectors + v], 0, lanes=lanes)
-                store(state.scores, total, row + r, (base + v) * lanes)
+    lanes = rows.simd.lanes
+    with T.serial(int64(0), int64(_KEYS // (lanes * vectors))) as tile:
+        places = [hold((tile * vectors + v) * lanes) for v in range(vectors)]
+        sums = [registers(vectors, lanes) for _ in range(_HEIGHT)]
+        with T.serial(int64(0), int64(rows.attention.dim)) as c:
+            key = [hold(load(keys, c, place, lanes=lanes)) for place in places]
+            for r, line in enumerate(sums):
+                query = hold(rows.query[row + r, c])
+                for total, part in zip(line, key, strict=True):
+                    store(total, load(total, 0, lanes=lanes) + part * query, 0)
+        for r, line in enumerate(sums):
+            for total, place in zip(line, places, strict=True):
+                store(rows.scores, load(total, 0, lanes=lanes), row + r, place)

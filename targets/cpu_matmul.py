@@ -19,7 +19,7 @@ and a dot product of bytes multiplies them by 4 activations that are broadcast. 
 ``dot(code, x) - zero * sum(x)`` is exact in int32 and, being below 2**24, in float32.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -41,7 +41,7 @@ from mxcompile.targets.cpu_norm import (
     store,
     symbol,
 )
-from mxcompile.targets.packing import BLOCK, QUADS, VECTOR
+from mxcompile.targets.packing import BLOCK, QUADS, SIDE, VECTOR
 
 Instructions = Literal["avx512vnni", "avx2", "generic"]
 
@@ -52,6 +52,9 @@ _ROW_BLOCK: Final = {"avx512vnni": 8, "avx2": 4, "generic": 4}
 
 _JOBS: Final = 48
 """Shares that one row's work is cut in: a multiple of most numbers of threads."""
+
+_CHUNK: Final = 128
+"""Activation rows that all tiles are multiplied with in turn: few enough to stay in a cache."""
 
 _TINY: Final = 2.0**-120
 """Groups whose magnitudes are all below are taken for 0: their scale has no finite inverse."""
@@ -113,7 +116,9 @@ class MatmulKernel:
             def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
                 self._int8_block(tile, codes, y, t, row, rows)
 
-            self._all_tiles(weight, m, q // RECORD, block)
+            rows = self.row_block or _ROW_BLOCK[self.instructions]
+            sizes = [rows >> i for i in range(rows.bit_length())]
+            self._all_tiles(weight, m, q // RECORD, sizes, block)
 
         return build(emit)
 
@@ -128,7 +133,8 @@ class MatmulKernel:
             def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
                 _f32_block(tile, x, y, t, row, rows)
 
-            self._all_tiles(weight, m, (k + GROUP - 1) // GROUP, block)
+            sizes = (self.row_block or _ROW_BLOCK[self.instructions], 1)
+            self._all_tiles(weight, m, (k + GROUP - 1) // GROUP, sizes, block)
 
         return build(emit)
 
@@ -153,9 +159,12 @@ class MatmulKernel:
 
         return build(emit)
 
-    def _all_tiles(self, weight: "_Weight", m: Expr, count: Expr, block: "_Block") -> None:
+    def _all_tiles(
+        self, weight: "_Weight", m: Expr, count: Expr, sizes: Sequence[int], block: "_Block"
+    ) -> None:
         """Run ``block`` for every tile and block of activation rows, on all threads.
 
+        Blocks have as many rows as the first of ``sizes``, the remainder's as the others.
         One row costs what its weights take to stream in: threads get equal bytes, not equal tiles.
         """
 
@@ -173,19 +182,16 @@ class MatmulKernel:
                     T.serial(weight.first_tile(job), weight.first_tile(job + 1)) as t,
                 ):
                     gemv(t)
-            with T.Else(), T.parallel(0, weight.tiles) as t:
-                for tile in weight.formats(t, count):
-                    for row, rows in self._row_blocks(m):
-                        block(tile, t, row, rows)
-
-    def _row_blocks(self, m: Expr) -> Iterator[tuple[Expr, int]]:
-        """The first row and the number of rows of every block: full ones, then the remainder's."""
-        rows = self.row_block or _ROW_BLOCK[self.instructions]
-        with T.serial(0, m // rows) as block:
-            yield block * rows, rows
-        while rows := rows // 2:
-            with _when(m // rows % 2 == 1):
-                yield m // (2 * rows) * (2 * rows), rows
+            with T.Else(), T.serial(0, (m + _CHUNK - 1) // _CHUNK) as chunk:
+                first = hold(chunk * _CHUNK)
+                length = hold(T.min(m - first, T.int64(_CHUNK)))
+                with T.parallel(0, weight.tiles) as t:
+                    for tile in weight.formats(t, count):
+                        done: Expr = T.int64(0)
+                        for rows in sizes:
+                            with T.serial(0, (length - done) // rows) as i:
+                                block(tile, t, first + done + i * rows, rows)
+                            done = length // rows * rows
 
     def _int8_block(self, tile: "_Tile", codes: Any, y: Any, t: Expr, row: Expr, rows: int) -> None:
         sums = [_Register("float32x16", 0) for _ in range(rows)]
@@ -298,14 +304,14 @@ def _reduce(operation: str, vector: Expr) -> Expr:
 _Block = Callable[["_Tile", Expr, Expr, int], None]
 """Emits a tile's product with some activation rows: tile, its index, first row, rows."""
 
-Word = Callable[[int, int | Expr], Expr]
+_Word = Callable[[int, int | Expr], Expr]
 """Reads the word at a byte of an activation row's record, as int32."""
 
-Offset = Callable[[int], Expr]
+_Offset = Callable[[int], Expr]
 """What the zero-points of a group add to the dot product with an activation row."""
 
 
-def _dots_vnni(group: "_Group", rows: int, word: Word, offset: Offset) -> list[Expr]:
+def _dots_vnni(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
     dots = [_Register("int32x16") for _ in range(rows)]
     for r, dot in enumerate(dots):
         dot.set(offset(r))
@@ -318,7 +324,7 @@ def _dots_vnni(group: "_Group", rows: int, word: Word, offset: Offset) -> list[E
     return [dot.get() for dot in dots]
 
 
-def _dots_avx2(group: "_Group", rows: int, word: Word, offset: Offset) -> list[Expr]:
+def _dots_avx2(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
     """Sums pairs of products in int16, and those of several quads before they are widened.
 
     A pair is at most ``2 * 127 * top`` for codes up to ``top``. At 4 bits and less the 8 quads of a
@@ -372,7 +378,7 @@ def _by_halves(name: str, dtype: str, *operands: Expr) -> Expr:
     return T.Shuffle(results, list(range(2 * lanes)))
 
 
-def _dots_generic(group: "_Group", rows: int, word: Word, offset: Offset) -> list[Expr]:
+def _dots_generic(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
     dots = [_Register("int32x16") for _ in range(rows)]
     for r, dot in enumerate(dots):
         dot.set(offset(r))
@@ -385,7 +391,7 @@ def _dots_generic(group: "_Group", rows: int, word: Word, offset: Offset) -> lis
     return [dot.get() for dot in dots]
 
 
-_DOTS: Final[dict[str, Callable[["_Group", int, Word, Offset], list[Expr]]]] = {
+_DOTS: Final[dict[str, Callable[["_Group", int, _Word, _Offset], list[Expr]]]] = {
     "avx512vnni": _dots_vnni,
     "avx2": _dots_avx2,
     "generic": _dots_generic,
@@ -468,9 +474,9 @@ class _Tile:
     @contextmanager
     def groups(self) -> Iterator["_Group"]:
         """Loop over the groups: first a block of the remainder, then blocks of 8."""
-        size, header = self.fmt.bits * VECTOR, BLOCK * ROW_TILE * 3 // 2
+        size, header = self.fmt.bits * VECTOR, BLOCK * SIDE
         rest = hold(self.count % BLOCK)
-        first = hold((rest * (ROW_TILE * 3 // 2) + 2 * ROW_TILE + VECTOR - 1) // VECTOR * VECTOR)
+        first = hold((rest * SIDE + 2 * ROW_TILE + VECTOR - 1) // VECTOR * VECTOR)
         with T.serial(0, self.count // BLOCK + 1) as block:
             at_rest = block == 0
             done = hold(T.Select(at_rest, T.int64(0), (block - 1) * BLOCK + rest))
@@ -488,7 +494,7 @@ class _Tile:
         Widened by hand, as a target without the conversion would call a library: the exponent and
         fraction land in their places, and the product moves the bias, for subnormals as well.
         """
-        start = self.base + self.count % BLOCK * (ROW_TILE * 3 // 2)
+        start = self.base + self.count % BLOCK * SIDE
         half = _cast(self.lanes(start, "uint16", 2), "uint32")
         bits = (half & _u32(0x7FFF)) << _u32(13) | (half & _u32(0x8000)) << _u32(16)
         return _reinterpret(bits, "float32") * T.float32(2.0 ** (112 - self.shift))

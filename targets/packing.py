@@ -43,6 +43,9 @@ VECTOR: Final = 64
 BLOCK: Final = 8
 """Groups of a block: their scales and zeros fill 3 vectors."""
 
+SIDE: Final = ROW_TILE + ROW_TILE // 2
+"""Bytes of a group's scales and zero-points."""
+
 QUADS: Final = GROUP // 4
 """Groups of 4 columns in a scale group."""
 
@@ -153,7 +156,7 @@ def _rows_of(array: NDArray[S], tiles: NDArray[np.int64]) -> NDArray[S]:
 def _parts(columns: int, fmt: Format) -> Iterator[tuple[slice, slice, slice, slice]]:
     """For every block of a tile: its groups, and the bytes of scales, zeros and codes."""
     first = groups(columns) % BLOCK
-    header = -(-(first * 24 + 2 * ROW_TILE) // VECTOR) * VECTOR
+    header = -(-(first * SIDE + 2 * ROW_TILE) // VECTOR) * VECTOR
     group, start = 0, 0
     for count in (first, *[BLOCK] * (groups(columns) // BLOCK)):
         zeros, codes = start + count * ROW_TILE, start + header
@@ -165,11 +168,11 @@ def _parts(columns: int, fmt: Format) -> Iterator[tuple[slice, slice, slice, sli
             slice(zeros, zeros_end),
             slice(codes, end),
         )
-        group, start, header = group + count, end, 24 * BLOCK
+        group, start, header = group + count, end, BLOCK * SIDE
 
 
 def _row_scales(tiles: U8, columns: int) -> U8:
-    start = groups(columns) % BLOCK * 24
+    start = groups(columns) % BLOCK * SIDE
     return tiles[:, start : start + 2 * ROW_TILE]
 
 

@@ -131,8 +131,6 @@ def test_vocabulary_rows(
 ) -> None:
     lookup, head = statistics.uses["embedding"]
     assert (lookup.kind, head.kind) == ("embedding", "linear")
-    assert lookup.rows is not None
-    assert head.rows is not None
     often = np.bincount(tokens.reshape(-1), minlength=VOCABULARY) / tokens.size
     np.testing.assert_allclose(lookup.rows, often, rtol=1e-6)
     p = by_hand(weights_of(language_model), tokens)["logits"].softmax(-1).flatten(0, 1)
@@ -140,11 +138,32 @@ def test_vocabulary_rows(
 
 
 def test_rows_that_were_not_met_are_not_free(statistics: Statistics) -> None:
-    for factor in statistics.factors["embedding"]:
-        assert factor.shape == (VOCABULARY,)
-        assert factor.min() >= 0.19 * factor.mean() > 0
+    for use in statistics.uses["embedding"]:
+        weights = calibrate.shrunk(use.rows)
+        assert weights.shape == (VOCABULARY,)
+        assert weights.min() >= 0.19 * weights.mean() > 0
     rows = np.array([0, 0, 0, 4], np.float32)
     assert calibrate.shrunk(rows) == pytest.approx([0.2, 0.2, 0.2, 3.4])
+
+
+def test_fisher_information_of_rows(language_model: ir.Model, tokens: np.ndarray) -> None:
+    """Squared gradients at a layer's output, against those at all labels, weighed by p."""
+    model = language_model
+    observer = calibrate.Observer(calibrate.FloatModel(model, graph.uses(model)))
+    ids = torch.from_numpy(tokens[:1, :3]).expand(4000, 3)
+    observer.see_gradients({"input_ids": ids}, torch.Generator().manual_seed(1))
+    found = observer.statistics().uses["down"][0].rows
+
+    w = weights_of(model)
+    met = by_hand(w, tokens[:1, :3])
+    y = (met["h"] @ w["down"].T)[0].requires_grad_()
+    n = functional.rms_norm(met["e"][0] + y, (WIDTH,), w["norm"])
+    log_p = (0.5 * (n @ w["embedding"].T)).log_softmax(-1)
+    expected = torch.zeros(WIDTH)
+    for label in range(VOCABULARY):
+        (slope,) = torch.autograd.grad(log_p[:, label].sum(), y, retain_graph=True)
+        expected += (log_p[:, label].detach().exp()[:, None] * slope.square()).mean(0)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0.15)
 
 
 def test_a_probe_finds_the_harm_it_measured(
@@ -182,7 +201,7 @@ def test_the_sum_of_damages_predicts_the_divergence(
     assert 0.6 * measured < damage < 1.7 * measured
 
 
-def test_the_head_needs_no_probe(
+def test_the_heads_factor_follows_from_the_expansion(
     language_model: ir.Model, tokens: np.ndarray, statistics: Statistics
 ) -> None:
     """Half of E[p (1 - p)] dW H dW^T, times the square of what scales the logits after the head."""
@@ -191,13 +210,15 @@ def test_the_head_needs_no_probe(
     delta = torch.from_numpy(random(VOCABULARY, WIDTH, seed=5, scale=0.02))
     rough = 0.5 * (met["n"] @ (weights["embedding"] + delta).T)
     use, factor = statistics.uses["embedding"][1], statistics.factors["embedding"][1]
-    damage = float((torch.from_numpy(factor) * use.errors(delta)).sum())
-    assert damage == pytest.approx(divergence(met["logits"], rough), rel=0.35)
+    damage = factor * float(use.errors(delta).sum())
+    assert factor == pytest.approx(0.5 * 0.5**2, rel=0.1)
+    assert damage == pytest.approx(divergence(met["logits"], rough), rel=0.2)
 
 
 def test_importance_adds_up_the_uses(statistics: Statistics) -> None:
     (lookup, head), factors = statistics.uses["embedding"], statistics.factors["embedding"]
-    expected = factors[0].mean() * lookup.diagonal + factors[1].mean() * head.diagonal
+    expected = factors[0] * lookup.rows.mean() * lookup.diagonal
+    expected = expected + factors[1] * head.rows.mean() * head.diagonal
     np.testing.assert_allclose(statistics.importance("embedding"), expected, rtol=1e-5)
 
 
@@ -210,7 +231,10 @@ def test_wide_inputs_keep_the_diagonal() -> None:
     use = found.uses["w"][0]
     torch.testing.assert_close(torch.from_numpy(use.moment), x[0].square().mean(0))
     delta = torch.from_numpy(random(16, wide, seed=2))
-    torch.testing.assert_close(use.errors(delta), (delta.square() * x[0].square().mean(0)).sum(1))
+    errors = (delta.square() * x[0].square().mean(0)).sum(1)
+    torch.testing.assert_close(
+        use.errors(delta), torch.from_numpy(calibrate.shrunk(use.rows)) * errors
+    )
 
 
 def test_convolutions_and_relative_errors() -> None:
@@ -287,7 +311,7 @@ def test_progress_is_told() -> None:
     feeds = [{"x": torch.from_numpy(random(1, 4, 9, 9, seed=2))}]
     seen = Seen()
     calibrate.collect(model, graph.uses(model), feeds, feeds, progress=seen)
-    assert seen.totals == [("calibrate", 1), ("probe", 2)]
+    assert seen.totals == [("calibrate", 1), ("gradients", 1), ("probe", 2)]
 
 
 # Samples
@@ -348,10 +372,8 @@ def same(a: Statistics, b: Statistics) -> bool:
         found: list[Any] = [s.samples]
         for unit, uses in s.uses.items():
             for use, factor in zip(uses, s.factors[unit], strict=True):
-                rows = None if use.rows is None else use.rows.tolist()
-                found.append(
-                    (unit, use.kind, use.source, use.moment.tolist(), rows, factor.tolist())
-                )
+                values = use.moment.tolist(), use.rows.tolist(), factor
+                found.append((unit, use.kind, use.source, *values))
         return found
 
     return flat(a) == flat(b)

@@ -140,6 +140,12 @@ def test_mixed_and_odd(library: Library, check: Callable[..., None], m: int, col
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_prefill_in_chunks(library: Library, check: Callable[..., None]) -> None:
+    weight = Weight.random(2 * ROW_TILE, 70, TileFormats.parse("int3,int8"))
+    check(library, weight, activations(2 * 128 + 13, 70))
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 @pytest.mark.parametrize("formats", ["int2*400,int8*300", "int8*300,int2*400", "int4*700"])
 def test_threads_share_bytes(library: Library, check: Callable[..., None], formats: str) -> None:
     weight = Weight.random(700 * ROW_TILE, 64, TileFormats.parse(formats))

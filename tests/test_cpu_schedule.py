@@ -18,7 +18,7 @@ from mxcompile.targets.cpu_schedule import schedule
 
 Array = NDArray[Any]
 B, S = (tirx.Var(name, "int64") for name in "bs")
-F, I, P = "float32", "int64", "bool"
+F, N, P = "float32", "int64", "bool"
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Case:
     loops: tuple[str, ...] = ("T.parallel", "T.vectorized")
 
 
-def conv(x: Array, w: Array, bias: Array, **knobs: int) -> Array:
-    x, w = torch.tensor(x, dtype=torch.float64), torch.tensor(w, dtype=torch.float64)
-    return np.asarray(torch.nn.functional.conv2d(x, w, **knobs).numpy() + bias)
+def conv(x: Array, w: Array, bias: Array, *knobs: int) -> Array:
+    product = torch.conv2d(torch.tensor(x), torch.tensor(w), None, *knobs)
+    return np.asarray(product.numpy() + bias)
 
 
 def pooled(x: Array) -> Array:
@@ -120,9 +120,9 @@ CASES = {
         [((B, S, 96), F)], lambda x: op.split(x, 3, axis=2)[1], lambda x: np.split(x, 3, 2)[1]
     ),
     "take": Case(
-        [((100, 64), F), ((B, S), I)], lambda x, i: op.take(x, i, axis=0), lambda x, i: x[i]
+        [((100, 64), F), ((B, S), N)], lambda x, i: op.take(x, i, axis=0), lambda x, i: x[i]
     ),
-    "cast": Case([((B, S), I)], lambda x: op.astype(x, F), lambda x: x.astype(F), PARALLEL),
+    "cast": Case([((B, S), N)], lambda x: op.astype(x, F), lambda x: x.astype(F), PARALLEL),
     "where": Case(
         [((B, S, 48), P), ((B, S, 48), F)],
         lambda c, x: op.where(c, x, relax.const(0.0)),
@@ -139,12 +139,12 @@ CASES = {
         lambda x, w, b: op.nn.max_pool2d(
             op.nn.relu(op.add(op.nn.conv2d(x, w, padding=1), b)), [2, 2], [2, 2]
         ),
-        lambda x, w, b: pooled(np.maximum(conv(x, w, b, padding=1), 0)),
+        lambda x, w, b: pooled(np.maximum(conv(x, w, b, 1, 1), 0)),
     ),
     "conv-strided": Case(
         [((4, 8, 14, 14), F), ((12, 8, 3, 3), F), ((1, 12, 1, 1), F)],
         lambda x, w, b: op.add(op.nn.conv2d(x, w, padding=1, strides=2), b),
-        lambda x, w, b: conv(x, w, b, padding=1, stride=2),
+        lambda x, w, b: conv(x, w, b, 2, 1),
         PARALLEL,
     ),
     "pool-all": Case(
@@ -198,7 +198,11 @@ def test_schedule_keeps_the_meaning(name: str, needs: Callable[[str], None]) -> 
         inputs = []
         for shape, dtype in case.inputs:
             dims = [{"b": batch, "s": seq}.get(getattr(d, "name", ""), d) for d in shape]
-            values = {F: rng.standard_normal, I: lambda d: rng.integers(0, 100, d), P: rng.random}
+            values: dict[str, Callable[[Any], Any]] = {
+                F: rng.standard_normal,
+                N: lambda d: rng.integers(0, 100, d),
+                P: rng.random,
+            }
             inputs.append(np.asarray(values[dtype](dims)))
         inputs = [x < 0.5 if d == P else x for x, (_, d) in zip(inputs, case.inputs, strict=True)]
         narrow = [x.astype(d) for x, (_, d) in zip(inputs, case.inputs, strict=True)]
@@ -238,7 +242,7 @@ def test_small_static_work_stays_on_one_thread() -> None:
 
 def test_symbolic_work_chooses_when_it_runs() -> None:
     script = text(schedule(fused(CASES["layer-norm"]), Simd()))
-    assert "if b * s * " in script
+    assert "if b * s" in script
     assert "else:" in script
 
 

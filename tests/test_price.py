@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mxcompile import price as module
-from mxcompile.calibrate import Statistics, UseStatistics
+from mxcompile.calibrate import Statistics, UseStatistics, shrunk
 from mxcompile.formats import FORMATS
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
 from mxcompile.price import price
@@ -31,11 +31,12 @@ def statistics() -> Statistics:
         np.float32
     )
     uses = (
-        UseStatistics("embedding", "ids", np.ones(COLUMNS, np.float32)),
-        UseStatistics("linear", "h", x.T @ x / len(x)),
+        UseStatistics(
+            "embedding", "ids", rng.random(COLUMNS, np.float32), rng.random(ROWS, np.float32)
+        ),
+        UseStatistics("linear", "h", x.T @ x / len(x), rng.random(ROWS, np.float32)),
     )
-    factors = (rng.random(ROWS, np.float32), np.array(0.25, np.float32))
-    return Statistics(300, {"w": uses}, {"w": factors})
+    return Statistics(300, {"w": uses}, {"w": (3.0, 0.25)})
 
 
 def by_definition(weight: np.ndarray, statistics: Statistics, tile: int, choice: int) -> float:
@@ -43,10 +44,10 @@ def by_definition(weight: np.ndarray, statistics: Statistics, tile: int, choice:
     rows = slice(tile * ROW_TILE, (tile + 1) * ROW_TILE)
     quantized = quantize(weight, fmt, statistics.importance("w"))
     delta = (dequantize(quantized, fmt) - weight).astype(np.float64)[rows]
-    (_, linear), (by_row, everywhere) = statistics.uses["w"], statistics.factors["w"]
-    lookup = (by_row[rows] * (delta**2).sum(1)).sum()
-    product = np.einsum("ok,kl,ol->", delta, linear.moment, delta)
-    return float(lookup + everywhere * product)
+    lookup, product = statistics.uses["w"]
+    one = shrunk(lookup.rows)[rows] * (delta**2 @ lookup.moment)
+    other = shrunk(product.rows)[rows] * np.einsum("ok,kl,ol->o", delta, product.moment, delta)
+    return float((3.0 * one + 0.25 * other).sum())
 
 
 @pytest.mark.parametrize("block", [1, 40 * COLUMNS, 1 << 23])
