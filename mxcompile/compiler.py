@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -17,7 +18,7 @@ from mxcompile.artifact import Artifact
 from mxcompile.budget import Budget, parse_budget
 from mxcompile.errors import PlanError, UsageError
 from mxcompile.instruments import Dump, Verify
-from mxcompile.pipeline import KV_DTYPES, Context, Instrument, Pipeline
+from mxcompile.pipeline import Context, Instrument, Pipeline
 from mxcompile.plan import PrecisionPlan
 from mxcompile.price import Costs, price
 from mxcompile.progress import Progress
@@ -116,7 +117,7 @@ def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
 def sweep_budgets(job: Job, progress: Progress) -> list[dict[str, float]]:
     """Bytes, bits a weight and predicted damage of the best plans from least to most bytes."""
     model, samples, fixed = _prepare(job, target.find(job.target), progress)
-    costs, _ = _costs(job, model, samples, progress)
+    costs = _price(model, _statistics(job, model, samples, progress), progress)
     count = graph.parameters(model)
     return [
         {
@@ -179,24 +180,25 @@ def _fixed_bytes(model: ir.Model) -> int:
     return data + tables + names + sum(2 * (len(u.name) + HEADER_BYTES) for u in units)
 
 
-def _costs(
+def _statistics(
     job: Job, model: ir.Model, samples: Samples, progress: Progress
-) -> tuple[Costs, dict[str, np.ndarray]]:
-    """What every tile costs in every format, and how much each input column counts."""
-    uses = graph.uses(model)
+) -> calibrate.Statistics:
+    """What the model does on the samples; kept under a content hash where a cache is given."""
 
     def collect() -> calibrate.Statistics:
+        uses = graph.uses(model)
         return calibrate.collect(model, uses, samples.feeds, samples.probes, progress=progress)
 
     if job.cache is None:
-        statistics = collect()
-    else:
-        files = [p for p in (job.model, Path(f"{job.model}.data")) if p.is_file()]
-        key = calibrate.cache_key(files, [*samples.feeds, *samples.probes])
-        statistics = calibrate.cached(job.cache / f"{key}.safetensors", collect)
-    units = graph.units(model)
-    costs = price(lambda name: graph.weight(model, name), units, statistics, progress=progress)
-    return costs, {u.name: statistics.importance(u.name) for u in units}
+        return collect()
+    files = [p for p in (job.model, Path(f"{job.model}.data")) if p.is_file()]
+    key = calibrate.cache_key(files, [*samples.feeds, *samples.probes])
+    return calibrate.cached(job.cache / f"{key}.safetensors", collect)
+
+
+def _price(model: ir.Model, statistics: calibrate.Statistics, progress: Progress) -> Costs:
+    weights = partial(graph.weight, model)
+    return price(weights, graph.units(model), statistics, progress=progress)
 
 
 def _budget(job: Job, parameters: int) -> Budget:
@@ -208,10 +210,12 @@ def _budget(job: Job, parameters: int) -> Budget:
 def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
     _budget(job, 1)  # a budget that cannot be read is refused before the work
     model, samples, fixed = _prepare(job, where, progress)
-    if job.plan is not None:
-        plan = _read_plan(job.plan, model)
-        return Planned(model, samples, plan, {}, {"source": str(job.plan)})
-    costs, importance = _costs(job, model, samples, progress)
+    plan = _read_plan(job.plan, model) if job.plan is not None else None
+    statistics = _statistics(job, model, samples, progress)
+    importance = {u.name: statistics.importance(u.name) for u in graph.units(model)}
+    if plan is not None:
+        return Planned(model, samples, plan, importance, {"source": str(job.plan)})
+    costs = _price(model, statistics, progress)
     count = graph.parameters(model)
     with progress.stage("solve"):
         found = solve(costs, _budget(job, count), parameters=count, fixed_bytes=fixed)
@@ -257,7 +261,7 @@ def _manifest(
         inputs=lowered.inputs,
         outputs=lowered.outputs,
         weights=tuple(lowered.weights),
-        kv_cache=artifacts.KvCache(KV_DTYPES[job.kv_dtype], layers) if decoder else None,
+        kv_cache=artifacts.KvCache(keys[0].dtype, layers) if decoder else None,
         generation=_generation(planned.model, lowered) if decoder else None,
     )
 

@@ -14,7 +14,7 @@ from mxcompile.plan import PrecisionPlan
 from mxcompile.target import Target
 
 ACTIVATIONS: Final = ("int8", "fp32")
-KV_DTYPES: Final = {"fp16": "float16", "fp32": "float32"}
+KV_DTYPES: Final = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 
 
 @dataclass(frozen=True, slots=True)

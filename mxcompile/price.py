@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mxcompile.calibrate import Statistics
+from mxcompile.errors import UsageError
 from mxcompile.formats import FORMATS, Format
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
 from mxcompile.progress import Progress
@@ -51,6 +52,9 @@ def price(
         statistics: What calibration found.
         formats: What a tile may have, from narrow to wide.
         progress: Is told of the work.
+
+    Raises:
+        UsageError: weights or statistics are not finite.
     """
     damage: dict[str, Array] = {}
     total = sum(unit.parameters for unit in units)
@@ -64,6 +68,8 @@ def price(
                 tiles = slice(start // ROW_TILE, (start + step) // ROW_TILE)
                 damage[unit.name][tiles] = _block(unit.name, block, start, statistics, formats)
                 advance(block.size)
+            if not np.isfinite(damage[unit.name]).all():
+                raise UsageError(f"{unit.name} cannot be priced: calibration met infinite numbers")
     return Costs(tuple(units), tuple(formats), damage)
 
 

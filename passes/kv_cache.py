@@ -95,7 +95,7 @@ class KvCache(Pass):
             return False
         graph.define(model, CACHED_ATTENTION)
         past = ir.Value(name="past", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape((1,)))
-        dtype = ir.DataType[KV_DTYPES[ctx.kv_dtype].upper()]
+        dtype = KV_DTYPES[ctx.kv_dtype]
         windows: dict[ir.Value | None, int] = {}
         for node in layers:
             mask = node.inputs[3]

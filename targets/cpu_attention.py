@@ -169,7 +169,7 @@ def attend(attention: Attention, dtype: str, simd: Simd) -> tirx.PrimFunc:
 
         with T.sblock("root"):
             total = past[0] + seq
-            with T.If(seq * a.group <= 2 * _HEIGHT):
+            with T.If(T.Or(seq == 1, seq * a.group < _HEIGHT)):
                 with T.Then():
                     _decode(a, simd, batch, seq, total, head)
                 with T.Else():
@@ -503,6 +503,11 @@ def _visible(a: Attention, source: _Head, i: Expr) -> tuple[Expr, Expr]:
     return (T.max(end - a.window, int64(0)) if a.window else int64(0)), end
 
 
+def _even_parts(a: Attention, simd: Simd) -> int:
+    """Tell in how many parts to cut the work of a head so that all threads get as much."""
+    return simd.threads // math.gcd(a.kv_heads, simd.threads)
+
+
 # --- decoding: keys come straight from the cache ---
 
 
@@ -515,13 +520,12 @@ def _decode(
     head: Callable[[Expr, Expr], _Head],
 ) -> None:
     """Attend from each position by itself; cut the keys in parts when heads are too few."""
-    lanes, threads = simd.lanes, simd.threads
+    lanes, even = simd.lanes, _even_parts(a, simd)
     heads = batch * seq * a.kv_heads
     reach = T.min(total, int64(a.window)) if a.window else total
-    even = threads // math.gcd(a.kv_heads, threads)  # with so many, threads get equal shares
     most = T.max(T.floordiv(reach, _SPLIT), int64(1))
-    wanted = T.if_then_else(heads < 4 * threads, T.min(int64(even), most), int64(1))
-    items = T.min(heads, 4 * threads) * even
+    wanted = T.if_then_else(heads < 4 * simd.threads, T.min(int64(even), most), int64(1))
+    items = T.min(heads, 4 * simd.threads) * even
     partial = scratch(items, a.group, _padded_dim(a, simd))
     peaks, totals = (scratch(items, a.group) for _ in range(2))
 
@@ -581,20 +585,20 @@ def _merge(
 
 def _stream(a: Attention, simd: Simd, source: _Head, i: Expr, first: Expr, last: Expr) -> _Rows:
     """Attend from position ``i`` to the keys from ``first`` to before ``last``."""
-    rows = _Rows.allocate(a, simd, a.group, _SPAN)
-    with T.serial(int64(0), int64(a.group)) as g:
-        rows.start(g, source.query(i, g))
+    height = a.group + (a.group % 4 == 3)  # four rows cost less than two and one
+    rows = _Rows.allocate(a, simd, height, _SPAN)
+    with T.serial(int64(0), int64(height)) as g:
+        rows.start(g, source.query(i, hold(T.min(g, a.group - 1))))
     with T.serial(int64(0), T.floordiv(last - first + (_SPAN - 1), _SPAN)) as block:
         start = hold(first + block * _SPAN)
         count = hold(T.min(last - start, int64(_SPAN)))
-        _by_fours(a.group, lambda g, height: _score(source, rows, (g, height), start, count))
-        with T.serial(int64(0), int64(a.group)) as g:
+        _by_fours(height, lambda g, some: _score(source, rows, (g, some), start, count))
+        with T.serial(int64(0), int64(height)) as g:
             rows.weigh(g, (start, count), (int64(0), count), None)
-        values = simd.registers // 2
         _by_fours(
-            a.group,
-            lambda g, height: rows.mix(
-                g, height, values // height, count, lambda j: source.value(start + j)
+            height,
+            lambda g, some: rows.mix(
+                g, some, simd.registers // 2 // some, count, lambda j: source.value(start + j)
             ),
         )
     return rows
@@ -665,8 +669,11 @@ def _prefill(
     head: Callable[[Expr, Expr], _Head],
 ) -> None:
     """Attend from blocks of positions, each on a thread."""
-    positions = max(1, _ROWS // a.group)
-    blocks = T.floordiv(seq + (positions - 1), positions)
+    most, least = (max(1, rows // a.group) for rows in (_ROWS, 2 * _HEIGHT))
+    even = _even_parts(a, simd)
+    share = T.max(T.floordiv(seq + (even - 1), even), int64(least))
+    positions = T.min(share, int64(most))
+    blocks = T.floordiv(seq + positions - 1, positions)
 
     def one(item: Expr) -> None:
         b, h, order = unravel(item, [batch, int64(a.kv_heads), blocks])
@@ -674,7 +681,7 @@ def _prefill(
         half = T.floordiv(order, 2)
         block = T.if_then_else(T.floormod(order, 2) == 0, half, blocks - 1 - half)
         first = hold(block * positions)
-        _tile(a, simd, head(b, h), first, hold(T.min(seq - first, int64(positions))), positions)
+        _tile(a, simd, head(b, h), first, hold(T.min(seq - first, positions)), most)
 
     work = batch * seq * total * (a.heads * a.dim)
     spread(batch * a.kv_heads * blocks, work < _SERIAL_MACS, one)

@@ -73,6 +73,7 @@ def compile_tiny(
                 emit_onnx=emitted,
                 dump_ir=folder / "ir",
                 plan=mixed_plan,
+                cache=tinylm.parent,
             )
             done[activations] = compile_model(job, Progress()), emitted
         return done[activations]
@@ -153,7 +154,9 @@ def test_dumps_show_the_model_after_each_pass(
 @pytest.fixture(scope="session")
 def planned(tinylm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("planned")
-    return compile_model(Job(tinylm, "x86", ("4.2bit",), folder / "out.mxc"), Progress())
+    return compile_model(
+        Job(tinylm, "x86", ("4.2bit",), folder / "out.mxc", cache=tinylm.parent), Progress()
+    )
 
 
 def test_budget_is_met_and_spent(planned: Artifact) -> None:
@@ -182,7 +185,8 @@ def test_mixed_plan_beats_uniform_plans_of_its_size(planned: Artifact, tinylm: P
     ]
     path = planned.folder.parent / "uniform.json"
     path.write_text(json.dumps(fits[-1].to_json()))
-    job = Job(tinylm, "x86", ("8bit",), planned.folder.parent / "uniform.mxc", plan=path)
+    output = planned.folder.parent / "uniform.mxc"
+    job = Job(tinylm, "x86", ("8bit",), output, plan=path, cache=tinylm.parent)
     uniform = compile_model(job, Progress())
     other = evaluate.compare(
         reference, evaluate.CompiledSource(Program.load(uniform.folder)), texts
@@ -197,7 +201,7 @@ def test_refusals(tinylm: Path, mixed_plan: Path, tmp_path: Path) -> None:
     with pytest.raises(
         BudgetError, match=r"2bit cannot be met: the smallest plan takes 2\.\d+ bits"
     ):
-        compile_model(Job(tinylm, "x86", ("2bit",), out), Progress())
+        compile_model(Job(tinylm, "x86", ("2bit",), out, cache=tinylm.parent), Progress())
     out.mkdir()
     with pytest.raises(UsageError, match="exists"):
         compile_model(Job(tinylm, "x86", ("4.2bit",), out, plan=mixed_plan), Progress())
@@ -231,7 +235,9 @@ def test_a_wrong_program_fails_verification(
 
     monkeypatch.setattr(packing, "pack", doubled)
     with pytest.raises(VerificationError, match="the compiled program is off"):
-        compile_model(Job(tinylm, "x86", ("4.2bit",), tmp_path / "out.mxc"), Progress())
+        compile_model(
+            Job(tinylm, "x86", ("4.2bit",), tmp_path / "out.mxc", cache=tinylm.parent), Progress()
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from mxcompile import price as module
 from mxcompile.calibrate import Statistics, UseStatistics, shrunk
+from mxcompile.errors import UsageError
 from mxcompile.formats import FORMATS
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
 from mxcompile.price import price
@@ -82,3 +83,9 @@ def test_only_the_formats_asked_for_are_priced(weight: np.ndarray, statistics: S
     assert costs.damage["w"].shape == (3, 2)
     everything = price({"w": weight}.__getitem__, [unit], statistics)
     np.testing.assert_array_equal(costs.damage["w"], everything.damage["w"][:, [2, 5]])
+
+
+def test_infinite_statistics_are_named(weight: np.ndarray, statistics: Statistics) -> None:
+    broken = Statistics(1, statistics.uses, {"w": (np.inf, 1.0)})
+    with pytest.raises(UsageError, match=r"w cannot be priced: calibration met infinite numbers"):
+        price({"w": weight}.__getitem__, [Unit("w", ROWS, COLUMNS)], broken)
