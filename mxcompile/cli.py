@@ -175,6 +175,12 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
         help="what keys and values are kept in (default: fp16)",
     )
     verb.add_argument(
+        "--shape",
+        action="append",
+        metavar="NAME=SIZES",
+        help="fix the free dimensions of an input, such as x=1,3,48,192; may be repeated",
+    )
+    verb.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
@@ -211,6 +217,7 @@ def _job(args: argparse.Namespace) -> "Job":
         kv_dtype=args.kv_cache,
         calibration=args.calibration,
         cache=args.cache,
+        shapes=tuple(args.shape or ()),
         output=(compiling and args.output) or Path(args.model.with_suffix(".mxc").name),
         force=compiling and args.force,
         emit_onnx=args.emit_onnx if compiling else None,

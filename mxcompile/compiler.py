@@ -50,6 +50,7 @@ class Job:
     calibration: Path | None = None
     cache: Path | None = None
     plan: Path | None = None
+    shapes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +161,19 @@ def _run(job: Job, pipeline: str, model: ir.Model, ctx: Context) -> ir.Model:
 def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Model, Samples, int]:
     """The canonical model, samples, and the bytes of the weight file that no plan changes."""
     with progress.stage("load"):
-        model = _run(job, passes.FRONT, graph.load(job.model), Context(where))
+        model = graph.load(job.model)
+        graph.fix_shapes(model, dict(map(_parse_shape, job.shapes)))
+        model = _run(job, passes.FRONT, model, Context(where))
         samples = Samples.find(model, job.model, job.calibration)
     return model, samples, _fixed_bytes(model)
+
+
+def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, sizes = text.rpartition("=")
+    try:
+        return name, tuple(int(size) for size in sizes.split(","))
+    except ValueError as error:
+        raise UsageError(f"'{text}' is not NAME=SIZE,SIZE,...") from error
 
 
 def _fixed_bytes(model: ir.Model) -> int:

@@ -98,6 +98,29 @@ def _to_opset(path: Path, model: ir.Model) -> ir.Model:
         ) from error
 
 
+def fix_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give inputs sizes instead of free dimensions, as ``name -> sizes``.
+
+    Raises:
+        UsageError: there is no such input, or it has other sizes.
+    """
+    inputs = {name(v): v for v in model.graph.inputs}
+    for key, sizes in shapes.items():
+        if key not in inputs:
+            raise UsageError(f"the model has no input {key}; inputs: {', '.join(inputs)}")
+        known = shape(inputs[key])
+        fits = len(known) == len(sizes) and all(
+            isinstance(k, str) or k in (-1, s) for k, s in zip(known, sizes, strict=True)
+        )
+        if not fits:
+            raise UsageError(f"input {key} has the shape {known}, not {tuple(sizes)}")
+        inputs[key].shape = ir.Shape(sizes)
+    if shapes:  # what was inferred from free dimensions is less than what can be known now
+        for node in model.graph:
+            for value in node.outputs:
+                value.shape = None
+
+
 def infer_shapes(model: ir.Model) -> None:
     """Fill in the types and shapes that ONNX's shape inference finds."""
     common_passes.ShapeInferencePass()(model)
@@ -357,6 +380,17 @@ def to_text(model: ir.Model) -> str:
         lines.append(f"  {', '.join(map(typed, node.outputs))} = {operator}{options}({arguments})")
     lines.append(f"  return {', '.join(map(show, model.graph.outputs))}")
     return "\n".join(lines) + "\n"
+
+
+def shape(value: ir.Value) -> tuple[int | str, ...]:
+    """The shape of a value; free dimensions by name.
+
+    Raises:
+        UnsupportedError: not even its rank is known.
+    """
+    if value.shape is None:
+        raise UnsupportedError(f"{value.name} has no known shape")
+    return tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
 
 
 def select(nodes: Iterable[ir.Node], op_type: str, domain: str = "") -> list[ir.Node]:

@@ -34,6 +34,9 @@ from mxcompile.relax_ops import (
 from mxcompile.target import Target
 from mxcompile.targets import cpu_attention, cpu_matmul, cpu_norm, cpu_schedule, packing
 
+SMALL: Final = 8
+"""Constants of up to so many numbers (scales, exponents) go into the code, not the weight file."""
+
 CACHES: Final = "cache."
 """Inputs of this prefix are caches: they go into one tuple and are updated in place."""
 
@@ -210,7 +213,7 @@ def _collect_weights(builder: _Builder) -> None:
             _pack(builder, node)
             continue
         for value in node.inputs:
-            if value is None or value.const_value is None or value.const_value.size <= 1:
+            if value is None or value.const_value is None or value.const_value.size <= SMALL:
                 continue
             if value.dtype == ir.DataType.FLOAT or value.const_value.size > 64:
                 builder.weights.setdefault(graph.name(value), graph.array(value))
@@ -382,9 +385,7 @@ def _patches(builder: _Builder, conv: ir.Node, x: Expr) -> tuple[Expr, Any, Any,
     kernel = [int(d) for d in weight.shape.numpy()[2:]]
     strides = list(conv.attributes.get_ints("strides") or (1, 1))
     dilations = list(conv.attributes.get_ints("dilations") or (1, 1))
-    pads = list(conv.attributes.get_ints("pads") or (0, 0, 0, 0))
-    if conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
-        raise UnsupportedError(f"{graph.describe(conv)}: auto_pad is not supported, export pads")
+    pads = _pads(conv, (height, width), kernel, strides, dilations)
     emit, simplify = builder.scope.emit, builder.scope.simplify
     if any(pads):
         x = emit(relax.op.nn.pad(x, [0, 0, 0, 0, pads[0], pads[2], pads[1], pads[3]]))
@@ -415,6 +416,28 @@ def _patches(builder: _Builder, conv: ir.Node, x: Expr) -> tuple[Expr, Any, Any,
     flat = emit(relax.op.reshape(stacked, (batch, columns, size[0] * size[1])))
     rows = emit(relax.op.permute_dims(flat, [0, 2, 1]))
     return emit(relax.op.reshape(rows, (batch * size[0] * size[1], columns))), batch, *size
+
+
+def _pads(
+    conv: ir.Node, size: Dims, kernel: list[int], strides: list[int], dilations: list[int]
+) -> list[int]:
+    """The padding before and after each axis: as given, or what SAME means for a known size."""
+    auto = conv.attributes.get_string("auto_pad", "NOTSET")
+    if auto in ("NOTSET", "VALID"):
+        return list(conv.attributes.get_ints("pads") or (0, 0, 0, 0))
+    spans = [(taps - 1) * dilation + 1 for taps, dilation in zip(kernel, dilations, strict=True)]
+    total = []
+    for dim, span, stride in zip(size, spans, strides, strict=True):
+        if stride != 1 and not isinstance(dim, int):
+            raise UnsupportedError(
+                f"{graph.describe(conv)}: {auto} needs sizes that are known; fix them with --shape"
+            )
+        # With stride 1 the size does not matter.
+        total.append(
+            span - 1 if stride == 1 else max((-(-dim // stride) - 1) * stride + span - dim, 0)
+        )
+    low = [t // 2 if auto == "SAME_UPPER" else t - t // 2 for t in total]
+    return low + [t - before for t, before in zip(total, low, strict=True)]
 
 
 def _linear(builder: _Builder, node: ir.Node) -> Expr:

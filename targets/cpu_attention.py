@@ -457,10 +457,11 @@ class _Rows:
         """Add ``count`` weighted values to neighbouring rows, so many vectors at a time."""
         lanes, dim = self.simd.lanes, self.attention.dim
         whole = dim // (lanes * vectors)
-        with T.serial(int64(0), int64(whole)) as tile:
-            first = hold(tile * (lanes * vectors))
-            chunks = [(first + v * lanes, lanes) for v in range(vectors)]
-            self._mix_tile(row, height, chunks, count, value)
+        if whole:
+            with T.serial(int64(0), int64(whole)) as tile:
+                first = hold(tile * (lanes * vectors))
+                chunks = [(first + v * lanes, lanes) for v in range(vectors)]
+                self._mix_tile(row, height, chunks, count, value)
         if rest := _chunks(dim, lanes)[whole * vectors :]:
             self._mix_tile(row, height, rest, count, value)
 
@@ -606,8 +607,9 @@ def _stream(a: Attention, simd: Simd, source: _Head, i: Expr, first: Expr, last:
 
 def _by_fours(count: int, body: Callable[[Expr, int], None]) -> None:
     """Run ``body(first, rows)`` for groups of 4 rows, and of 2 and 1 for the rest."""
-    with T.serial(int64(0), int64(count // 4)) as four:
-        body(hold(four * 4), 4)
+    if count >= 4:
+        with T.serial(int64(0), int64(count // 4)) as four:
+            body(hold(four * 4), 4)
     for height in (2, 1):
         if count & height:
             body(int64(count // (2 * height) * (2 * height)), height)

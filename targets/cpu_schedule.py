@@ -208,10 +208,12 @@ def _extent(sch: Schedule, loop: LoopRV) -> int:
 def _width(size: int, simd: Simd, sums: bool) -> int:
     """Choose the lanes for an axis, 0 for none.
 
-    Sums stay in registers only as vectors that divide the axis; for the rest, LLVM's vectorizer
-    does better on an axis that the full width does not divide.
+    Sums stay in registers only as vectors that divide the axis; odd ones, which LLVM pads, beat
+    very short ones. For the rest, LLVM's own vectorizer does better than vectors that are not full.
     """
     lanes = math.gcd(size, simd.lanes) if size else 0
+    if sums and size and lanes < simd.lanes // 2:
+        lanes = max(d for d in range(1, simd.lanes + 1) if size % d == 0)
     return lanes if lanes >= _LEAST_LANES and (sums or lanes in (simd.lanes, size)) else 0
 
 
