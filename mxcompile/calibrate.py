@@ -55,7 +55,7 @@ Factors: TypeAlias = Mapping[str, tuple[float, ...]]
 SEQUENCES: Final = 16
 LENGTH: Final = 256
 GRADIENT_SEQUENCES: Final = 8
-PROBE_SEQUENCES: Final = 4
+PROBE_SEQUENCES: Final = 2
 PROBE_LENGTH: Final = 128
 """Texts in tokens: for second moments, the first of them for gradients, and shorter ones for the
 many runs that measure factors."""

@@ -3,7 +3,7 @@
 Every function takes symbolic shapes: one compiled function serves all sizes. ``G`` is the number
 of groups, ``ceil(K / 32)``; ``W`` and ``table`` are the ``data`` and ``table`` of a
 ``packing.Packed`` of ``tiles`` tiles; ``N`` is at most ``16 * tiles``: the rows that pad the last
-tile may be left out. ``W`` starts at a multiple of 64 bytes::
+tile may be left out. ``W`` starts at a multiple of 64 bytes and its tiles lie in order::
 
     quantize_activation(X: f32 [M, K], Q: out i8 [M, 40 * G])
     matmul_int8(Q: i8 [M, 40 * G], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, N])
@@ -73,8 +73,8 @@ class MatmulKernel:
     """The knobs of the kernels of one target; methods make the functions.
 
     ``instructions`` multiply bytes; "generic" is portable arithmetic, for any target of LLVM.
-    ``row_block`` activation rows share the unpacked codes, a power of two; 0 takes as many as the
-    registers hold. Work on fewer than ``serial_groups`` groups is not worth waking threads for.
+    ``row_block`` activation rows share the unpacked codes; 0 takes as many as the registers hold.
+    Work on fewer than ``serial_groups`` groups is not worth waking threads for.
     """
 
     instructions: Instructions = "generic"
@@ -283,15 +283,16 @@ def _quantize_group(halves: list[Expr], codes: Any, row: Expr, start: Expr) -> N
     bits = [T.reinterpret("int32x16", half) & 0x7FFFFFFF for half in halves]
     biggest = hold(T.reinterpret("float32", _reduce("smax", T.max(*bits))))
     small = biggest < T.float32(_TINY)
-    inverse = hold(T.Select(small, T.float32(0), T.float32(127) / biggest))
+    scale = hold(T.Select(small, T.float32(0), biggest / T.float32(127)))
+    # A division, as QuantizeLinear does it: times the inverse, exact halves round the other way.
+    divisor = hold(T.Select(small, T.float32(1), scale))
     offset = T.reinterpret("int32", T.float32(_ROUND))
     quantized = [
-        hold(T.reinterpret("int32x16", half * inverse + T.float32(_ROUND)) - offset)
+        hold(T.reinterpret("int32x16", half / divisor + T.float32(_ROUND)) - offset)
         for half in halves
     ]
     for i, values in enumerate(quantized):
         store(codes, T.cast(values, "int8x16"), row, start + i * ROW_TILE)
-    scale = T.Select(small, T.float32(0), biggest / T.float32(127))
     total = _reduce("add", quantized[0] + quantized[1])
     for i, word in enumerate((scale, total)):
         store(codes, T.reinterpret("int8x4", word), row, start + GROUP + 4 * i)

@@ -210,7 +210,7 @@ def exp(x: Expr) -> Expr:
             lambda r: let(T.Cast(ints, n), lambda n: scaled(r, n)),
         )
 
-    return let(T.Select(x > const(89.0), const(89.0), x), reduced)
+    return let(x, lambda x: let(T.Select(x > const(89.0), const(89.0), x), reduced))
 
 
 def tanh(x: Expr) -> Expr:
@@ -231,10 +231,11 @@ def rational(x: Expr, limit: float, terms: tuple[Sequence[float], Sequence[float
     def ratio(x: Expr) -> Expr:
         return let(x * x, lambda z: x * poly(z, terms[0]) / poly(z, terms[1]))
 
-    low, high = splat(-limit, lanes), splat(limit, lanes)  # a Select lets NaN through
-    return let(
-        T.Select(x > high, high, x), lambda x: let(T.Select(x < low, low, x), ratio)
-    )
+    def clipped(x: Expr) -> Expr:  # by a Select, which lets NaN through
+        low, high = splat(-limit, lanes), splat(limit, lanes)
+        return T.Select(x > high, high, T.Select(x < low, low, x))
+
+    return let(x, lambda x: let(clipped(x), ratio))
 
 
 def unravel(index: Expr, dims: Sequence[Expr]) -> list[Expr]:

@@ -138,14 +138,14 @@ def _schedule_nest(
         # sums are kept in registers; the copy to the output is the nest that they move into
         pending = [*pending, anchor]
         anchor = sch.cache_write(anchor, 0, "global")
-    rank = len(sch.get(anchor).iter_vars)
-    choices = [(r, _fitting(sch, anchor, pending, r)) for r in range(rank, 0, -1)]
-    if not choices or _is_reduction(sch.get(anchor)):
+    loops = sch.get_loops(anchor)
+    if not loops or _is_reduction(sch.get(anchor)):
         return set()
+    rank = len(loops)
+    choices = [(r, _fitting(sch, anchor, pending, r)) for r in range(rank, 0, -1)]
     rows, producers = max(choices, key=lambda choice: len(choice[1]))
     placed = {sch.get(p.block).name_hint for p in producers}
 
-    loops = sch.get_loops(anchor)
     along = all(_runs_along(sch.get(p.block)) for p in producers if _is_reduction(sch.get(p.block)))
     if producers and rows == rank and along:
         outer, inner = loops, list[LoopRV]()
