@@ -13,6 +13,9 @@ class TextModel:
     """Text to tokens and back."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        # Some files ask for a fixed length, which is for batches of an encoder.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
 
     @classmethod
