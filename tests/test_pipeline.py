@@ -60,7 +60,7 @@ class Fail(Pass):
 def test_registry_is_honest(name: str) -> None:
     found = resolve_name(passes.REGISTRY[name])
     assert found.name == name
-    assert "Before:" in inspect.getdoc(found)
+    assert "Before:" in (inspect.getdoc(found) or "")
     assert passes.REGISTRY[name].partition(":")[0].endswith(name.replace("-", "_"))
 
 
