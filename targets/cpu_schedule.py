@@ -103,20 +103,26 @@ def _summed_reads(block: SBlock) -> list[list[Expr]]:
 
 
 def _inline(sch: Schedule, root: SBlockRV, params: Sequence[Any]) -> None:
-    """Inline what is elementwise, except into a product, which would compute it many times."""
+    """Inline what is elementwise, except where that would compute it many times."""
     for rv in sch.get_child_blocks(root):
         block = sch.get(rv)
+        consumers = [sch.get(c) for c in sch.get_consumers(rv)]
         output = any(w.source.same_as(p) for w in block.writes for p in params)
-        into_product = any(
-            len(_summed_reads(sch.get(c))) > 1 and _is_reduction(sch.get(c))
-            for c in sch.get_consumers(rv)
-        )
-        if output or into_product or _is_reduction(block):
+        product = any(_is_reduction(c) and len(_summed_reads(c)) > 1 for c in consumers)
+        # TVM's simplifier takes exponential time for polynomials of polynomials
+        nested = _is_costly(block) and any(map(_is_costly, consumers))
+        if output or product or nested or _is_reduction(block):
             continue
         try:
             sch.compute_inline(rv)
         except ScheduleError:
             continue  # it stays, with loops of its own
+
+
+def _is_costly(block: SBlock) -> bool:
+    calls: list[Any] = []
+    tvm_ffi.structural_walk(block.body, (Call, calls.append))
+    return any(_formula(call) for call in calls)
 
 
 # --- nests ---
@@ -314,10 +320,13 @@ def _vectorize(sch: Schedule, simd: Simd, loops: list[LoopRV], sums: bool) -> No
 
 def _polynomial(call: Call) -> Expr:
     """Replace a float32 transcendental by arithmetic that runs on vectors."""
+    formula = _formula(call)
+    return formula(*call.args) if formula else call
+
+
+def _formula(call: Call) -> Callable[..., Expr] | None:
     name = getattr(call.op, "name", "").removeprefix("tirx.")
-    if str(call.ty) != "float32" or name not in _FORMULAS:
-        return call
-    return _FORMULAS[name](*call.args)
+    return _FORMULAS.get(name) if str(call.ty) == "float32" else None
 
 
 def _sigmoid(x: Expr) -> Expr:
