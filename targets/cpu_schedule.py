@@ -65,8 +65,8 @@ def schedule_function(function: tirx.PrimFunc, simd: Simd) -> tirx.PrimFunc:
             try:
                 placed = _schedule_nest(sch, simd, anchor, pending)
             except ScheduleError:  # an odd nest stays serial: slow, not wrong
-                sch, placed = untouched, set()
-            pending = [b for b in pending if sch.get(b).name_hint not in placed]
+                sch, placed = untouched, []
+            pending = [b for b in pending if not any(b.same_as(p) for p in placed)]
     scheduled = sch.mod["main"]
     body = tvm_ffi.structural_map(_spread(scheduled.body), (Call, _polynomial))
     return scheduled.with_body(body).with_attr("tirx.is_scheduled", True)
@@ -138,22 +138,21 @@ class _Producer:
 
 def _schedule_nest(
     sch: Schedule, simd: Simd, anchor: SBlockRV, pending: Sequence[SBlockRV]
-) -> set[str]:
-    """Schedule a block with the ones of ``pending`` that fit in its rows; return their names."""
+) -> list[SBlockRV]:
+    """Schedule a block with the ones of ``pending`` that fit in its rows, and return those."""
     if _is_reduction(sch.get(anchor)) and len(sch.get(anchor).writes) == 1:
         # sums are kept in registers; the copy to the output is the nest that they move into
         pending = [*pending, anchor]
         anchor = sch.cache_write(anchor, 0, "global")
     loops = sch.get_loops(anchor)
     if not loops or _is_reduction(sch.get(anchor)):
-        return set()
+        return []
     rank = len(loops)
     choices = [(r, _fitting(sch, anchor, pending, r)) for r in range(rank, 0, -1)]
     rows, producers = max(choices, key=lambda choice: len(choice[1]))
-    placed = {sch.get(p.block).name_hint for p in producers}
 
-    along = all(_runs_along(sch.get(p.block)) for p in producers if _is_reduction(sch.get(p.block)))
-    if producers and rows == rank and along:
+    sums = [p.block for p in producers if _is_reduction(sch.get(p.block))]
+    if sums and rows == rank and all(_runs_along(sch.get(b)) for b in sums):
         outer, inner = loops, list[LoopRV]()
     elif rows == rank:
         outer, inner = _tile(sch, simd, loops, producers)
@@ -164,7 +163,7 @@ def _schedule_nest(
     sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
     for block, loop in (walk for walk in walks if walk):
         sch.decompose_reduction(block, loop)  # last: TVM cannot tell the parts to be a reduction
-    return placed
+    return [p.block for p in producers]
 
 
 def _fitting(

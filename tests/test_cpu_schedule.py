@@ -66,6 +66,11 @@ CASES = {
     "exp-tanh-odd": Case(
         [((B, S, 7), F)], lambda x: op.tanh(op.exp(x)), lambda x: np.tanh(np.exp(x)), PARALLEL
     ),
+    "nested": Case(
+        [((B, S, 48), F)],
+        lambda x: op.exp(op.tanh(op.sigmoid(op.exp(x)))),
+        lambda x: np.exp(np.tanh(scipy.special.expit(np.exp(x)))),
+    ),
     "powers": Case(
         [((B, S, 32), F)],
         lambda x: op.power(op.power(op.abs(x), relax.const(3.0)), relax.const(0.5)),

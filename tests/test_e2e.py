@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,6 +242,24 @@ def test_a_wrong_program_fails_verification(
         compile_model(
             Job(tinylm, "x86", ("4.2bit",), tmp_path / "out.mxc", cache=tinylm.parent), Progress()
         )
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupt_leaves_nothing_behind(tinylm: Path, tmp_path: Path) -> None:
+    run = "import sys; from mxcompile.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [str(tinylm), "-v", "-o", "out.mxc", "--emit-onnx", "q.onnx"]
+    with subprocess.Popen(
+        [sys.executable, "-c", run, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("load"):
+                break
+        time.sleep(1)  # in the middle of the calibration
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert rest.splitlines()[-1] == "mxcompile: interrupted"
     assert not list(tmp_path.iterdir())
 
 
