@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -249,7 +250,12 @@ def test_interrupt_leaves_nothing_behind(tinylm: Path, tmp_path: Path) -> None:
     run = "import sys; from mxcompile.cli import main; sys.exit(main(sys.argv[1:]))"
     words = [str(tinylm), "-v", "-o", "out.mxc", "--emit-onnx", "q.onnx"]
     with subprocess.Popen(
-        [sys.executable, "-c", run, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", run, *words],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background of a shell inherits that interrupts are ignored.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
