@@ -26,7 +26,7 @@ demo: $(READY)
 	@echo "== compiling it for this machine at 4.2 bits a weight"
 	$(BIN)/mxcompile $(DEMO)/tinylm.onnx --target x86 --budget 4.2bit -o $(DEMO)/tinylm.mxc --force
 	@echo "== generating text"
-	$(BIN)/mxcompile run $(DEMO)/tinylm.mxc --prompt "$(PROMPT)"
+	$(BIN)/mxcompile run $(DEMO)/tinylm.mxc --prompt "$(PROMPT)" --temperature 0.7 --top-p 0.9
 
 test: $(READY)
 	$(BIN)/ruff format --check .

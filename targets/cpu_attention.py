@@ -48,7 +48,7 @@ _ROWS = 48  # query rows that _tile holds, about
 _KEYS = 64  # keys that _tile holds
 _HEIGHT = 6  # rows of _tile that share the registers; with 4 or 2 vectors they fill three quarters
 _SPLIT = 64  # fewer keys than this are not worth a thread of their own
-_SERIAL_MACS = 1 << 16  # less work than this is not worth a thread launch
+_SERIAL_MACS = 1 << 17  # less work than this is not worth a thread launch
 
 
 @dataclass(frozen=True, slots=True)

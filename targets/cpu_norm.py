@@ -16,7 +16,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-SERIAL_FLOATS = 16384
+SERIAL_FLOATS = 1 << 15
 """Below this many floats of simple work a thread launch costs more than it gains."""
 
 LOWEST = -3.0e38

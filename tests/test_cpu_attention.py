@@ -183,9 +183,16 @@ def test_attend_matches_float64(case: str, mcpu: str, rng: np.random.Generator) 
 
 
 @pytest.mark.parametrize(
-    "mask",
-    [None, Mask(), Mask("bool"), Mask(per_head=True, per_query=True), Mask("bool", per_query=True)],
+    ("mask", "mcpu"),
+    [
+        (None, "znver4"),
+        (Mask(), "haswell"),
+        (Mask("bool"), "znver4"),
+        (Mask(per_head=True, per_query=True), "znver4"),
+        (Mask("bool", per_query=True), "haswell"),
+    ],
     ids=str,
+    indirect=["mcpu"],
 )
 def test_attend_all_matches_float64(mask: Mask | None, mcpu: str, rng: np.random.Generator) -> None:
     a = Attention(4, 2, 32, 0.2, causal=False, k=Columns(100, 30))
