@@ -275,7 +275,7 @@ def _writer(buffer: Any, b: Expr, first: Expr, dim: int) -> Callable[[Expr, Expr
 
 
 def _cached(cache: Any, b: Expr, h: Expr) -> Callable[[Expr], Read]:
-    """Read (batch, head, max, dim) by position and column; here go the scales of other dtypes."""
+    """Read (batch, head, max, dim) by position and column; scales of other dtypes would go here."""
     return lambda j: lambda c, n: _cast(load(cache, b, h, j, c, lanes=n), "float32")
 
 
@@ -323,22 +323,18 @@ def _sums(vectors: list[Expr]) -> Expr:
     is one shufps (x86) or uzp (ARM) each, then blocks of 128 bits.
     """
     lanes = len(vectors)
-    unit, inside = 1, 2 if lanes > 2 else 1
-    level = 0
     while len(vectors) > 1:
-        unit = 1 if level < inside else 4
-        even, odd = _deal(lanes, unit)
+        even, odd = _deal(lanes, 1 if len(vectors) > lanes // 4 else 4)
         vectors = [
             hold(T.Shuffle([a, b], even) + T.Shuffle([a, b], odd))
             for a, b in zip(vectors[::2], vectors[1::2], strict=True)
         ]
-        level += 1
     return vectors[0]
 
 
 def _deal(lanes: int, unit: int) -> tuple[list[int], list[int]]:
     """List the even and the odd units of two vectors, for units of 1 within each 128 bits."""
-    span = min(4, lanes) if unit == 1 else lanes
+    span = 4 if unit == 1 else lanes
     picks: tuple[list[int], list[int]] = ([], [])
     for odd in (0, 1):
         for base in range(0, lanes, span):

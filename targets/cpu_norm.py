@@ -87,7 +87,7 @@ def symbol(name: str) -> Expr:
 
 
 def param(name: str, shape: Sequence[int | Expr], dtype: str = "float32") -> Any:
-    """Declare the next parameter of the kernel: a buffer."""
+    """Declare the next parameter of the kernel: a buffer, aligned to 64 bytes as TVM's own are."""
     handle = T.arg(name, T.handle())
     return IRBuilder.name(name, T.match_buffer(handle, [int64(d) for d in shape], dtype))
 
@@ -214,7 +214,7 @@ def exp(x: Expr) -> Expr:
 
 
 def tanh(x: Expr) -> Expr:
-    """Compute tanh within 4 ulp: a rational function, fitted where float32 tells tanh from 1."""
+    """Compute tanh to 4e-7 of itself: a rational function, up to where float32 calls it 1."""
     return rational(x, 9.0, TANH)
 
 
