@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
@@ -24,6 +23,7 @@ from mxcompile.price import Costs, price
 from mxcompile.progress import Progress
 from mxcompile.samples import Samples
 from mxcompile.solve import Solution, solve, sweep
+from mxcompile.statistics import Statistics
 
 HEADER_BYTES: Final = 90
 """The most that the weight file's header says of a tensor, besides its name."""
@@ -48,6 +48,7 @@ class Job:
     emit_onnx: Path | None = None
     dump_ir: Path | None = None
     calibration: Path | None = None
+    sensitivity: calibrate.Sensitivity = calibrate.GRADIENT
     cache: Path | None = None
     plan: Path | None = None
     shapes: tuple[str, ...] = ()
@@ -60,7 +61,7 @@ class Planned:
     model: ir.Model
     samples: Samples
     plan: PrecisionPlan
-    importance: Mapping[str, np.ndarray]
+    statistics: Statistics
     predicted: Mapping[str, float | str]
 
 
@@ -73,7 +74,7 @@ def compile_model(job: Job, progress: Progress) -> Artifact:
     artifacts.check_destination(job.output, force=job.force)
     where = target.find(job.target)
     planned = _plan(job, where, progress)
-    ctx = Context(where, planned.plan, planned.importance, job.activations, job.kv_dtype)
+    ctx = Context(where, planned.plan, planned.statistics, job.activations, job.kv_dtype)
     with progress.stage("quantize"):
         quantized = _run(job, passes.QUANTIZE, planned.model, ctx)
     if job.emit_onnx is not None:
@@ -191,23 +192,28 @@ def _fixed_bytes(model: ir.Model) -> int:
     return data + tables + names + sum(2 * (len(u.name) + HEADER_BYTES) for u in units)
 
 
-def _statistics(
-    job: Job, model: ir.Model, samples: Samples, progress: Progress
-) -> calibrate.Statistics:
+def _statistics(job: Job, model: ir.Model, samples: Samples, progress: Progress) -> Statistics:
     """What the model does on the samples; kept under a content hash where a cache is given."""
 
-    def collect() -> calibrate.Statistics:
-        uses = graph.uses(model)
-        return calibrate.collect(model, uses, samples.feeds, samples.probes, progress=progress)
+    def collect(draft: calibrate.Draft | None = None) -> Statistics:
+        return calibrate.collect(
+            model,
+            graph.uses(model),
+            samples.feeds,
+            samples.probes,
+            sensitivity=job.sensitivity,
+            progress=progress,
+            draft=draft,
+        )
 
     if job.cache is None:
         return collect()
     files = [p for p in (job.model, Path(f"{job.model}.data")) if p.is_file()]
-    key = calibrate.cache_key(files, [*samples.feeds, *samples.probes])
+    key = calibrate.cache_key(files, [*samples.feeds, *samples.probes], job.sensitivity)
     return calibrate.cached(job.cache / f"{key}.safetensors", collect)
 
 
-def _price(model: ir.Model, statistics: calibrate.Statistics, progress: Progress) -> Costs:
+def _price(model: ir.Model, statistics: Statistics, progress: Progress) -> Costs:
     weights = partial(graph.weight, model)
     return price(weights, graph.units(model), statistics, progress=progress)
 
@@ -223,14 +229,13 @@ def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
     model, samples, fixed = _prepare(job, where, progress)
     plan = _read_plan(job.plan, model) if job.plan is not None else None
     statistics = _statistics(job, model, samples, progress)
-    importance = {u.name: statistics.importance(u.name) for u in graph.units(model)}
     if plan is not None:
-        return Planned(model, samples, plan, importance, {"source": str(job.plan)})
+        return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
     costs = _price(model, statistics, progress)
     count = graph.parameters(model)
     with progress.stage("solve"):
         found = solve(costs, _budget(job, count), parameters=count, fixed_bytes=fixed)
-    return Planned(model, samples, found.plan, importance, _predictions(found, count))
+    return Planned(model, samples, found.plan, statistics, _predictions(found, count))
 
 
 def _predictions(found: Solution, parameters: int) -> dict[str, float | str]:

@@ -2,15 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import ClassVar, Final, Literal, Self
 
-import numpy as np
 import onnx_ir as ir
 
 from mxcompile.errors import MxError, PassError
 from mxcompile.plan import PrecisionPlan
+from mxcompile.statistics import Statistics
 from mxcompile.target import Target
 
 ACTIVATIONS: Final = ("int8", "fp32")
@@ -21,14 +21,14 @@ KV_DTYPES: Final = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 class Context:
     """What every pass may read and none may change.
 
-    ``plan`` is None before the solve. ``importance`` holds E[x_k^2] of the input column k of each
-    unit, which weights the quantizers' searches. ``activations`` is the format of the inputs of
-    planned matrix products, ``kv_dtype`` that of the key and value caches.
+    ``plan`` is None before the solve. ``statistics`` say what weights meet, which the quantizers
+    weigh errors with; without them all columns count alike. ``activations`` is the format of the
+    inputs of planned matrix products, ``kv_dtype`` that of the key and value caches.
     """
 
     target: Target
     plan: PrecisionPlan | None = None
-    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
+    statistics: Statistics | None = None
     activations: Literal["int8", "fp32"] = "int8"
     kv_dtype: Literal["fp16", "fp32"] = "fp16"
 

@@ -7,12 +7,13 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import torch
 
-from mxcompile.calibrate import Statistics
 from mxcompile.errors import UsageError
 from mxcompile.formats import FORMATS, Format
+from mxcompile.gptq import Quantizer
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
 from mxcompile.progress import Progress
-from mxcompile.quantize import dequantize, quantize
+from mxcompile.quantize import dequantize
+from mxcompile.statistics import Statistics
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -61,12 +62,17 @@ def price(
     with (progress or Progress()).stage("price", total) as advance:
         for unit in units:
             weight = weights(unit.name)
+            quantizer = Quantizer.of(statistics.moment(unit.name))
             damage[unit.name] = np.zeros((unit.tiles, len(formats)))
             step = max(BLOCK // (unit.columns * ROW_TILE), 1) * ROW_TILE
             for start in range(0, unit.rows, step):
                 block = weight[start : start + step]
                 tiles = slice(start // ROW_TILE, (start + step) // ROW_TILE)
-                damage[unit.name][tiles] = _block(unit.name, block, start, statistics, formats)
+
+                def harm(delta: torch.Tensor, unit: Unit = unit, start: int = start) -> Array:
+                    return statistics.damage(unit.name, delta, start).numpy()
+
+                damage[unit.name][tiles] = _block(unit.name, block, quantizer, harm, formats)
                 advance(block.size)
             if not np.isfinite(damage[unit.name]).all():
                 raise UsageError(f"{unit.name} cannot be priced: calibration met infinite numbers")
@@ -74,15 +80,18 @@ def price(
 
 
 def _block(
-    unit: str, block: Array, start: int, statistics: Statistics, formats: Sequence[Format]
+    unit: str,
+    block: Array,
+    quantizer: Quantizer,
+    harm: Callable[[torch.Tensor], Array],
+    formats: Sequence[Format],
 ) -> Array:
     """The damage of some tiles of a unit, float64 [tiles, formats]."""
-    importance = statistics.importance(unit)
     by_row = np.zeros((-(-len(block) // ROW_TILE) * ROW_TILE, len(formats)))
     with torch.inference_mode():
         for index, fmt in enumerate(formats):
-            quantized = quantize(block, fmt, importance, name=unit)
+            quantized = quantizer.rows(block, fmt, name=unit)
             delta = torch.from_numpy(dequantize(quantized, fmt) - block)
-            by_row[: len(block), index] = statistics.damage(unit, delta, start).numpy()
+            by_row[: len(block), index] = harm(delta)
     tiles: Array = by_row.reshape(-1, ROW_TILE, len(formats)).sum(1)
     return tiles

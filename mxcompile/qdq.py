@@ -48,7 +48,7 @@ def insert(model: ir.Model, weight: ir.Value, quantized: QuantizedWeight) -> ir.
     where: list[np.ndarray] = []
     for fmt in sorted(set(quantized.formats.formats), key=lambda f: f.bits):
         index = np.flatnonzero(by_row == fmt.bits)
-        part = _dequantize(model, anchor, unit, fmt, _rows(values, index))
+        part = _dequantize(model, anchor, unit, fmt, values.take(index))
         parts.append(part)
         where.append(index)
         anchor = part.producer()
@@ -77,12 +77,6 @@ def insert(model: ir.Model, weight: ir.Value, quantized: QuantizedWeight) -> ir.
         )
         result.type, result.shape = weight.type, weight.shape
     return result
-
-
-def _rows(values: Quantized, index: np.ndarray) -> Quantized:
-    return Quantized(
-        values.codes[index], values.scales[index], values.zeros[index], values.row_scale[index]
-    )
 
 
 def _dequantize(

@@ -6,7 +6,7 @@ importance matrix of llama.cpp and the clip search of AWQ (arXiv 2306.00978) wei
 candidate is one that can be stored (an 8-bit multiple of the fp16 row scale, a 4-bit zero-point),
 so what is searched is what ships. Kernels and ONNX models are tested against this module.
 
-Left out: error feedback between columns (GPTQ), which needs the whole H.
+Left out: error feedback between columns, which needs the whole H; see ``mxcompile.gptq``.
 """
 
 from collections.abc import Iterator
@@ -43,6 +43,12 @@ class Quantized:
     """uint8 [rows, groups], 0 to 15."""
     row_scale: Array
     """float16 [rows]."""
+
+    def take(self, rows: Array) -> "Quantized":
+        """Some of the rows, by index."""
+        return Quantized(
+            self.codes[rows], self.scales[rows], self.zeros[rows], self.row_scale[rows]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +117,7 @@ def quantize_tiles(
 ) -> Quantized:
     """Quantize a weight whose row tiles have formats of their own; see ``quantize``."""
     result = _empty(*weight.shape)
-    for fmt, rows in _rows_by_format(formats, len(weight)):
+    for fmt, rows in rows_by_format(formats, len(weight)):
         _quantize_rows(weight, rows, fmt, importance, _SEARCHES[fmt.bits], name, result)
     return result
 
@@ -129,14 +135,8 @@ def dequantize(quantized: Quantized, fmt: Format) -> Array:
 def dequantize_tiles(quantized: Quantized, formats: TileFormats) -> Array:
     """The float32 weights that codes with a format a row tile stand for."""
     result = np.empty(quantized.codes.shape, np.float32)
-    for fmt, rows in _rows_by_format(formats, len(result)):
-        part = Quantized(
-            quantized.codes[rows],
-            quantized.scales[rows],
-            quantized.zeros[rows],
-            quantized.row_scale[rows],
-        )
-        result[rows] = dequantize(part, fmt)
+    for fmt, rows in rows_by_format(formats, len(result)):
+        result[rows] = dequantize(quantized.take(rows), fmt)
     return result
 
 
@@ -153,7 +153,8 @@ def _empty(rows: int, columns: int) -> Quantized:
     )
 
 
-def _rows_by_format(formats: TileFormats, rows: int) -> Iterator[tuple[Format, Array]]:
+def rows_by_format(formats: TileFormats, rows: int) -> Iterator[tuple[Format, Array]]:
+    """The formats of a weight's tiles, and for each the indices of its rows."""
     bits = np.repeat([fmt.bits for fmt in formats.formats], ROW_TILE)[:rows]
     for fmt in FORMATS.values():
         if (index := np.flatnonzero(bits == fmt.bits)).size:

@@ -1,18 +1,31 @@
 """Samples of a model's inputs: what calibration runs on, and other ones to verify with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
-from mxcompile import calibrate, graph
-from mxcompile.calibrate import Feed
+from mxcompile import graph
+from mxcompile.default_text import default_texts
 from mxcompile.errors import UnsupportedError, UsageError
+from mxcompile.float_model import Feed
 from mxcompile.text import TextModel
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+SEQUENCES: Final = 32
+LENGTH: Final = 256
+PROBE_SEQUENCES: Final = 2
+PROBE_LENGTH: Final = 128
+"""Texts in tokens: for statistics, and shorter ones for the many runs that measure factors."""
+
+SPAN: Final = 12
+"""Characters that are read for each token wanted; source code has many a token of spaces."""
 
 VERIFY_TOKENS: Final = 512
 """Tokens that verification reads: enough to tell a broken kernel from rounding."""
@@ -54,18 +67,18 @@ class Samples:
     @classmethod
     def _of_text(cls, model: ir.Model, path: Path, given: Path | None) -> Self:
         tokenizer = TextModel.beside(path.parent)
-        texts = calibrate.default_texts() if given is None else [_read(given)]
-        length, probe = calibrate.LENGTH, calibrate.PROBE_LENGTH
+        texts = default_texts() if given is None else [_read(given)]
+        length, probe = LENGTH, PROBE_LENGTH
         limit = _longest(model)
-        count = calibrate.SEQUENCES + VERIFY_TOKENS // length
-        rows = calibrate.text_tokens(tokenizer.encode, texts, count, min(length, limit))
-        held = rows[calibrate.SEQUENCES :] if len(rows) > calibrate.SEQUENCES else rows[-1:]
-        rows = rows[: calibrate.SEQUENCES]
-        probes = rows[: calibrate.PROBE_SEQUENCES, : min(probe, limit)]
+        count = SEQUENCES + VERIFY_TOKENS // length
+        rows = text_tokens(tokenizer.encode, texts, count, min(length, limit))
+        held = rows[SEQUENCES:] if len(rows) > SEQUENCES else rows[-1:]
+        rows = rows[:SEQUENCES]
+        probes = rows[:PROBE_SEQUENCES, : min(probe, limit)]
         return cls(
-            calibrate.token_feeds(model, rows),
-            calibrate.token_feeds(model, probes),
-            calibrate.token_feeds(model, held),
+            token_feeds(model, rows),
+            token_feeds(model, probes),
+            token_feeds(model, held),
             [row.tolist() for row in held],
         )
 
@@ -74,7 +87,7 @@ def _longest(model: ir.Model) -> int:
     """The most tokens that a fixed sequence length or a position table leaves room for."""
     (ids,) = (v for v in model.graph.inputs if v.name == "input_ids")
     fixed = ids.shape[1] if ids.shape is not None and len(ids.shape) == 2 else None
-    return fixed if isinstance(fixed, int) else calibrate.LENGTH
+    return fixed if isinstance(fixed, int) else LENGTH
 
 
 def _read(path: Path) -> str:
@@ -116,3 +129,61 @@ def _noise(model: ir.Model) -> list[Feed]:
         return torch.ones(shape, dtype=torch.from_numpy(np.ones(0, value.dtype.numpy())).dtype)
 
     return [{graph.name(v): sample(v) for v in model.graph.inputs} for _ in range(NOISE_SAMPLES)]
+
+
+def token_feeds(model: ir.Model, tokens: Array) -> list[Feed]:
+    """Samples for a model over tokens: one a row of ``tokens`` [count, length].
+
+    Raises:
+        UnsupportedError: the model has an input that is not known from language models.
+    """
+    return [
+        {graph.name(v): _token_input(v, torch.from_numpy(row[None])) for v in model.graph.inputs}
+        for row in tokens.astype(np.int64)
+    ]
+
+
+def _token_input(value: ir.Value, ids: Tensor) -> Tensor:
+    key = graph.name(value)
+    dtype = torch.int32 if value.dtype == ir.DataType.INT32 else torch.int64
+    if key == "input_ids":
+        return ids.to(dtype)
+    if key == "attention_mask":
+        return torch.ones(ids.shape, dtype=dtype)
+    if key == "position_ids":
+        return torch.arange(ids.shape[1], dtype=dtype).unsqueeze(0)
+    if key == "token_type_ids":
+        return torch.zeros(ids.shape, dtype=dtype)
+    if key.startswith("past") and value.shape is not None:
+        sizes = [d if isinstance(d, int) else 0 for d in value.shape[1:]]
+        return torch.zeros(1, *sizes)
+    raise UnsupportedError(f"input '{key}' is not one of a language model; give samples for it")
+
+
+def text_tokens(
+    encode: Callable[[str], list[int]], texts: Sequence[str], count: int, length: int
+) -> Array:
+    """``count`` rows of ``length`` tokens, int64, taken in turn from texts and evenly within each.
+
+    Args:
+        encode: Text to tokens with the marks, such as BOS, that start a text.
+        texts: Texts of different kinds.
+        count: How many rows; fewer come back where the texts are too short.
+        length: The tokens of a row.
+
+    Raises:
+        UsageError: no text has ``length`` tokens.
+    """
+    rows = []
+    for index in range(count):
+        text = texts[index % len(texts)]
+        turn, turns = index // len(texts), -(-(count - index % len(texts)) // len(texts))
+        span = length * SPAN
+        # Begin at a line, so that the row does not open with half a word; go on at the beginning.
+        start = text.rfind("\n", 0, int(len(text) * (turn + 0.5) / turns)) + 1
+        tokens = encode((text[start:] + "\n" + text[:start])[:span])
+        if len(tokens) >= length:
+            rows.append(tokens[:length])
+    if not rows:
+        raise UsageError(f"the calibration text is shorter than {length} tokens")
+    return np.array(rows, np.int64)

@@ -9,8 +9,8 @@ import onnxruntime
 
 from mxcompile import evaluate
 from mxcompile.artifact import DECODER, Artifact
-from mxcompile.calibrate import Feed
 from mxcompile.errors import VerificationError
+from mxcompile.float_model import Feed
 from mxcompile.runtime import Program
 from mxcompile.samples import Samples
 

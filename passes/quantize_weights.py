@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from mxcompile import graph, qdq
+from mxcompile.gptq import Quantizer
 from mxcompile.pipeline import Context, Pass
 from mxcompile.plan import TileFormats
-from mxcompile.quantize import quantize_tiles
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,8 @@ class QuantizeWeights(Pass):
         for value, scheme in weights:
             unit = graph.name(value)
             formats = TileFormats.parse(scheme.partition("/")[0])
-            quantized = quantize_tiles(
-                graph.weight(model, unit), formats, ctx.importance.get(unit), name=unit
-            )
+            met = None if ctx.statistics is None else ctx.statistics.moment(unit)
+            quantized = Quantizer.of(met).tiles(graph.weight(model, unit), formats, name=unit)
             result = qdq.insert(model, value, qdq.QuantizedWeight(unit, formats, quantized))
             value.replace_all_uses_with(result)
             del model.graph.initializers[unit]

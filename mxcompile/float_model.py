@@ -1,0 +1,130 @@
+"""The float model under calibration: its interpreter, where its weights are read, and its head."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final, TypeAlias
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from mxcompile import graph
+from mxcompile.graph import Use
+from mxcompile.interpret import Interpreter, padded, windows
+
+Feed: TypeAlias = Mapping[str, Tensor]
+"""One sample: a value for each input of the graph."""
+
+LOGITS: Final = "logits"
+POINTWISE: Final = ("Add", "Cast", "Div", "Identity", "Mul", "Sub", "Tanh")
+"""What may stand between the head and the logits."""
+
+
+class FloatModel:
+    """A canonical model that runs in torch.
+
+    Attributes:
+        interpreter: Runs the graph.
+        model: The graph.
+        uses: The plannable weights and where they are read.
+        outputs: The names of the outputs that are compared: all but the caches.
+        head: The linear layer behind the logits, where nothing but position-wise operators follow.
+    """
+
+    def __init__(self, model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> None:
+        self.interpreter = Interpreter(model)
+        self.uses = uses
+        self.model = model
+        self.outputs = [graph.name(v) for v in model.graph.outputs if not _is_cache(v)]
+        self.head = _find_head(model, uses)
+
+    @property
+    def hidden(self) -> str | None:
+        """The name of the value that the head multiplies."""
+        return None if self.head is None else source(self.head)
+
+    @property
+    def fetched(self) -> list[str]:
+        """What a run must compute: logits are left to ``logits``, for some positions at a time."""
+        return [self.hidden] if self.hidden is not None else self.outputs
+
+    def logits(self, hidden: Tensor, fetch: str = LOGITS) -> Tensor:
+        """The logits [positions, vocabulary] of hidden states [positions, columns].
+
+        ``fetch`` may name another value that is computed from the hidden states alone.
+        """
+        assert self.hidden is not None
+        known = {self.hidden: hidden.unsqueeze(0)}
+        return self.interpreter.run({}, overrides=known, fetch=[fetch])[fetch][0]
+
+    def is_layer(self, use: Use) -> bool:
+        """Whether a use is neither an embedding nor the head."""
+        return use.kind != "embedding" and use is not self.head
+
+
+def source(use: Use) -> str:
+    """The name of the value that a use multiplies its weight with, or of the indices it reads."""
+    value = use.node.inputs[1 if use.kind == "embedding" else 0]
+    assert value is not None
+    return graph.name(value)
+
+
+def product(use: Use) -> str:
+    """The name of what a use computes."""
+    return graph.name(use.node.outputs[0])
+
+
+def met(use: Use) -> str:
+    """Names what a use meets: a value, or the patches that a convolution cuts it into."""
+    if use.kind != "conv":
+        return source(use)
+    weight = use.node.inputs[1]
+    assert weight is not None and weight.shape is not None
+    cut = [f"{a.name}={a.value}" for a in use.node.attributes.values()]
+    return f"{source(use)} {weight.shape[2:]} {sorted(cut)}"
+
+
+def patches(x: Tensor, node: ir.Node) -> Tensor:
+    """What a convolution multiplies its rows with: [patches, in * taps]."""
+    weight = node.inputs[1]
+    assert weight is not None and weight.shape is not None
+    kernel = weight.shape.numpy()[2:]
+    attributes = node.attributes
+    strides = attributes.get_ints("strides", [1] * len(kernel))
+    dilations = attributes.get_ints("dilations", [1] * len(kernel))
+    auto_pad, pads = attributes.get_string("auto_pad", "NOTSET"), attributes.get_ints("pads")
+    x = padded(x, windows(x, kernel, auto_pad, pads, strides, dilations))
+    for axis, (width, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True)):
+        x = x.unfold(2 + axis, (width - 1) * dilation + 1, stride)[..., ::dilation]
+    rank = len(kernel)
+    # [batch, in, positions..., taps...] to [batch, positions..., in, taps...]
+    x = x.permute(0, *range(2, 2 + rank), 1, *range(2 + rank, 2 + 2 * rank))
+    return x.flatten(1 + rank).flatten(0, rank)
+
+
+def _is_cache(value: ir.Value) -> bool:
+    return graph.name(value).startswith(("present", "past"))
+
+
+def _find_head(model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> Use | None:
+    """The linear layer behind the logits, with nothing after it but position-wise operators."""
+    linear = {u.node: u for found in uses.values() for u in found if u.kind == "linear"}
+    value = next((v for v in model.graph.outputs if v.name == LOGITS), None)
+    while value is not None and (node := value.producer()) is not None:
+        if node in linear:
+            return linear[node] if len(value.shape or ()) == 3 else None
+        inputs = [v for v in node.inputs if v is not None and v.producer() is not None]
+        if node.op_type not in POINTWISE or len(inputs) != 1:
+            return None
+        value = inputs[0]
+    return None
+
+
+def by_position(y: Tensor, use: Use) -> Tensor:
+    """What a use computes, or its gradient, as [positions, rows]."""
+    return y.movedim(1 if use.kind == "conv" else -1, -1).flatten(0, -2)
+
+
+def flat(x: Tensor, use: Use) -> Tensor:
+    """What a use multiplies its rows with: [positions, columns]."""
+    with torch.no_grad():
+        return patches(x, use.node) if use.kind == "conv" else x.reshape(-1, x.shape[-1])

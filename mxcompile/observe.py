@@ -1,0 +1,220 @@
+"""One pass over the samples, forward and backward, that sums up all that pricing needs.
+
+A weight's errors are weighed on both sides by what the text says. The second moment of its input
+is weighed position by position with the squared gradients there, so that a position that the loss
+does not feel (an attention sink, however large its activations are) does not count: the Hessian of
+GuidedQuant (arXiv 2505.07004) with one group. Its rows are weighed by the Fisher information of
+what they compute, ``E[(dL/dy_o)**2]`` (K-FAC, arXiv 1503.05671), with labels that are drawn from
+the model's own distribution. The head has both in closed form: its logits' Fisher information is
+``p (1 - p)``.
+
+The sums are tensors under string keys, so that they can be kept while the work goes on, and a run
+that was cut off goes on where it was.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mxcompile import graph
+from mxcompile.float_model import LOGITS, Feed, FloatModel, by_position, flat, met, product, source
+from mxcompile.graph import Use
+from mxcompile.interpret import Values
+from mxcompile.statistics import Array, Factors, Statistics, UseStatistics
+
+FULL_COLUMNS: Final = 2048
+"""Up to how many columns H is kept whole; wider inputs keep its diagonal."""
+
+PATCHES: Final = 1 << 13
+"""The most patches of a sample that a convolution's second moment is taken over."""
+
+LOGIT_ROWS: Final = 128
+"""Positions whose logits are computed together: 128 rows of 262,144 are 134 MB."""
+
+HEAD_STRIDE: Final = 4
+"""Of a text's positions every so many is given a label: a large vocabulary is most of the work."""
+
+
+class Observer:
+    """Sums over samples; uses that meet the same numbers share a moment.
+
+    Without ``gradients`` all positions and all rows of layers count alike, and only the forward
+    half runs: what ``ForwardProbe`` scales.
+
+    Attributes:
+        seen: How many samples were run.
+        sums: All that is known so far; with ``seen`` it is all that a later run needs to go on.
+    """
+
+    def __init__(self, watched: FloatModel, *, gradients: bool = True) -> None:
+        self.watched = watched
+        self.gradients = gradients
+        self.seen = 0
+        self.sums: dict[str, Tensor] = {}
+        self._uses = {product(u): u for found in watched.uses.values() for u in found}
+
+    def see(self, feed: Feed) -> None:
+        """Run one sample."""
+        run = self.watched.interpreter.run
+        looked_up = [k for k, u in self._uses.items() if u.kind == "embedding"]
+        with torch.no_grad():
+            leaves = dict(run(feed, fetch=looked_up))
+        if self.gradients:
+            leaves |= {k: v for k, v in feed.items() if v.is_floating_point()}
+            leaves = {k: v.clone().requires_grad_() for k, v in leaves.items()}
+        with torch.set_grad_enabled(self.gradients):
+            values = run(feed, overrides=leaves, fetch=self.watched.fetched, keep=True)
+            slopes = self._slopes(values) if self.gradients else {}
+        with torch.no_grad():
+            self._add_layers(values, slopes)
+            self._add_embeddings(values, slopes)
+            if self.watched.head is not None:
+                self._add_head(self.watched.head, values)
+        self.seen += 1
+
+    def _slopes(self, values: Values) -> dict[Use, Tensor]:
+        """The gradients [positions, rows] of a random loss, for every use that feels it."""
+        felt = {
+            use: values[key]
+            for key, use in self._uses.items()
+            if key in values and values[key].requires_grad
+        }
+        ends = [values[k] for k in self.watched.fetched if values[k].requires_grad]
+        if not ends or not felt:
+            return {}
+        generator = torch.Generator().manual_seed(self.seen)
+        seeds = [self._seed(end.detach(), generator) / len(ends) ** 0.5 for end in ends]
+        found = torch.autograd.grad(ends, list(felt.values()), seeds, allow_unused=True)
+        return {u: by_position(s, u) for u, s in zip(felt, found, strict=True) if s is not None}
+
+    def _seed(self, end: Tensor, generator: torch.Generator) -> Tensor:
+        """A random gradient at an output, whose expected square is the harm of errors there.
+
+        For logits that of ``-log p`` of labels drawn from the model itself, at some positions, so
+        that squared gradients are Fisher information; else a normal one over the output's norm.
+        """
+        if not self._scores_labels:
+            noise = torch.randn(end.shape, generator=generator)
+            return noise / end.norm().clamp(min=torch.finfo(end.dtype).tiny)
+        positions = self._labelled(end.shape[:-1].numel())
+        seed = torch.zeros_like(end)
+        for part in torch.split(positions, LOGIT_ROWS):
+            x = end.flatten(0, -2)[part].requires_grad_()
+            logits = x if self.watched.head is None else self.watched.logits(x)
+            log_p = logits.log_softmax(-1)
+            labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            (slope,) = torch.autograd.grad(-log_p.gather(1, labels).sum(), x)
+            seed.view(-1, end.shape[-1])[part] = slope
+        # Squares, not gradients, add up over the positions that were left out.
+        return seed * (end.shape[:-1].numel() / len(positions)) ** 0.5
+
+    @property
+    def _scores_labels(self) -> bool:
+        return self.watched.head is not None or self.watched.fetched == [LOGITS]
+
+    def _labelled(self, count: int) -> Tensor:
+        """Every so many of a sample's positions, others in the next sample."""
+        return torch.arange(self.seen % min(HEAD_STRIDE, count), count, HEAD_STRIDE)
+
+    def _add_layers(self, values: Values, slopes: Mapping[Use, Tensor]) -> None:
+        groups: dict[str, list[Use]] = {}
+        for use in self._uses.values():
+            if self.watched.is_layer(use) and source(use) in values:
+                groups.setdefault(met(use), []).append(use)
+        for key, uses in groups.items():
+            x = flat(values[source(uses[0])], uses[0])
+            weights = torch.zeros(len(x))
+            for use in uses:
+                if (slope := slopes.get(use)) is not None:
+                    self._add(f"rows {product(use)}", slope.square().sum(0))
+                    weights += slope.square().sum(1)
+                self._add(f"count {product(use)}", torch.tensor(float(len(x))))
+            if not weights.any():
+                weights = torch.ones(len(x))
+            # Neighbouring patches overlap; an even pick of them says as much.
+            step = -(-len(x) // PATCHES) if uses[0].kind == "conv" else 1
+            self._add_moment(key, x[::step], weights[::step])
+
+    def _add_embeddings(self, values: Values, slopes: Mapping[Use, Tensor]) -> None:
+        for unit, uses in self.watched.uses.items():
+            for use in uses:
+                if use.kind != "embedding" or source(use) not in values:
+                    continue
+                rows = graph.matrix_shape(self.watched.model.graph.initializers[unit])[0]
+                ids = values[source(use)].flatten() % rows
+                self._add(f"rows {product(use)}", torch.bincount(ids, minlength=rows).float())
+                self._add(f"count {product(use)}", torch.tensor(float(len(ids))))
+                if (slope := slopes.get(use)) is not None:
+                    self._add(f"slopes {product(use)}", slope.square().sum(0))
+
+    def _add_head(self, head: Use, values: Values) -> None:
+        hidden = values[source(head)].flatten(0, -2)
+        for part in torch.split(hidden[self._labelled(len(hidden))], LOGIT_ROWS):
+            fisher = self._fisher(head, part)
+            self._add(f"rows {product(head)}", fisher.sum(0))
+            self._add(f"count {product(head)}", torch.tensor(float(len(part))))
+            weights = fisher.sum(1) if self.gradients else torch.ones(len(part))
+            self._add_moment(met(head), part, weights)
+
+    def _fisher(self, head: Use, hidden: Tensor) -> Tensor:
+        """The Fisher information [positions, vocabulary] of what the head computes."""
+        with torch.enable_grad():
+            y = self.watched.logits(hidden, product(head)).detach().requires_grad_()
+            known = {product(head): y.unsqueeze(0)}
+            logits = self.watched.interpreter.run({}, overrides=known, fetch=[LOGITS])[LOGITS][0]
+            # What scales or caps the logits after the head acts on each of them alone.
+            (slope,) = (
+                torch.autograd.grad(logits.sum(), y) if logits.requires_grad else (torch.ones(1),)
+            )
+        p = logits.detach().softmax(-1)
+        return (p - p.square()) * slope.square()
+
+    def _add_moment(self, key: str, x: Tensor, weights: Tensor) -> None:
+        weighed = x * weights[:, None]
+        whole = x.shape[1] <= FULL_COLUMNS
+        self._add(f"moment {key}", weighed.T @ x if whole else (weighed * x).sum(0))
+        self._add(f"mass {key}", weights.sum())
+
+    def _add(self, key: str, value: Tensor) -> None:
+        self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+    def statistics(self) -> Statistics:
+        """The means, with the factors that gradients give; without gradients these are 1."""
+        moments = {
+            key.removeprefix("moment "): (m / self.sums[key.replace("moment", "mass", 1)]).numpy()
+            for key, m in self.sums.items()
+            if key.startswith("moment ")
+        }
+        found = {
+            unit: tuple(self._use_statistics(unit, use, moments) for use in uses)
+            for unit, uses in self.watched.uses.items()
+        }
+        factors: Factors = {
+            unit: tuple(self._factor(use) for use in uses)
+            for unit, uses in self.watched.uses.items()
+        }
+        counts = [int(n) for key, n in self.sums.items() if key.startswith("count ")]
+        return Statistics(max(counts, default=0), found, factors)
+
+    def _factor(self, use: Use) -> float:
+        """Half of the Fisher information is divergence a token; errors add up over a sample."""
+        if not self.gradients:
+            return 1.0
+        count = self.sums.get(f"count {product(use)}", torch.zeros(()))
+        return 0.5 if self._scores_labels else float(count) / max(self.seen, 1)
+
+    def _use_statistics(self, unit: str, use: Use, moments: Mapping[str, Array]) -> UseStatistics:
+        """A use that never ran has no moment; one that no gradient reaches counts by its errors."""
+        rows, columns = graph.matrix_shape(self.watched.model.graph.initializers[unit])
+        count = float(self.sums.get(f"count {product(use)}", torch.ones(())))
+        weights = (
+            self.sums.get(f"rows {product(use)}", torch.full((rows,), count)) / count
+        ).numpy()
+        if use.kind == "embedding":
+            slopes = self.sums.get(f"slopes {product(use)}", torch.full((columns,), count))
+            return UseStatistics(use.kind, source(use), (slopes / count).numpy(), weights)
+        moment = moments.get(met(use), np.zeros(columns, np.float32))
+        return UseStatistics(use.kind, source(use), moment, weights)

@@ -1,0 +1,153 @@
+"""What calibration text says about a float model, as values: second moments and how errors count.
+
+The damage of rounding errors ``dW`` in a weight is taken as ``sum_o f r_o dW_o M dW_o^T`` over its
+rows and its uses, in nats of KL divergence a token (for models without logits: relative squared
+error at the output). ``M`` is the second moment of what the weight meets, ``r_o`` how much an error
+in what row ``o`` computes counts, ``f`` a factor of the use. How they are found is the business of
+``mxcompile.calibrate``.
+
+Rows that the text hardly meets look free and are not (notes/row-tiles.md), so the weights of rows
+are shrunk towards their mean.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mxcompile.errors import UsageError
+from mxcompile.graph import UseKind
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+Factors: TypeAlias = Mapping[str, tuple[float, ...]]
+"""By unit, for each of its uses: harm at the output per unit of error."""
+
+SHRINK: Final = 0.2
+"""The share of a row's weight that it gets from the mean of all rows."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UseStatistics:
+    """What one use of a unit meets.
+
+    Attributes:
+        kind: How the weight is read.
+        source: The name of the value that it is multiplied with, or of the embedding's indices.
+        moment: ``M``: [columns, columns], or its diagonal [columns]; float32. The mean of ``x x^T``
+            over positions, weighed by how much they count; for an embedding the diagonal
+            ``E[(dL/de)**2]`` of what is looked up.
+        rows: How much an error in each row counts, float32 [rows]: ``E[(dL/dy_o)**2]`` of a layer's
+            outputs, ``E[p_o (1 - p_o)]`` of a head's, how often a token reads an embedding's row.
+    """
+
+    kind: UseKind
+    source: str
+    moment: Array
+    rows: Array
+
+    def errors(self, delta: Tensor, start: int = 0) -> Tensor:
+        """``r_o dW_o M dW_o^T`` of the rows from ``start`` on."""
+        moment = torch.from_numpy(self.moment)
+        met = delta @ moment if moment.dim() == 2 else delta * moment
+        weights = torch.from_numpy(shrunk(self.rows))
+        return weights[start : start + len(delta)] * (met * delta).sum(1)
+
+    @property
+    def diagonal(self) -> Array:
+        """``M_kk`` of the columns."""
+        return self.moment if self.moment.ndim == 1 else np.diagonal(self.moment)
+
+
+def shrunk(rows: Array) -> Array:
+    """Rows' weights, moved towards their mean: what was not met is not free."""
+    result: Array = (1 - SHRINK) * rows + np.float32(SHRINK * rows.mean(dtype=np.float64))
+    return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Statistics:
+    """All that pricing needs to know of a model's inner life.
+
+    Attributes:
+        samples: How many tokens or samples were seen.
+        uses: By unit, what each of its uses meets, in the order of the graph.
+        factors: By unit, for each of its uses: harm at the output per unit of error.
+    """
+
+    samples: int
+    uses: Mapping[str, tuple[UseStatistics, ...]]
+    factors: Factors
+
+    def damage(self, unit: str, delta: Tensor, start: int = 0) -> Tensor:
+        """The damage of errors in the rows of a unit from ``start`` on, [rows]."""
+        parts = zip(self.uses[unit], self.factors[unit], strict=True)
+        return sum((f * use.errors(delta, start) for use, f in parts), torch.zeros(len(delta)))
+
+    def moment(self, unit: str) -> Array:
+        """What all uses of a unit meet, for the quantizers: [columns, columns] or [columns]."""
+        weighed = [
+            (use.moment, use.diagonal, np.float32(f * use.rows.mean(dtype=np.float64)))
+            for use, f in zip(self.uses[unit], self.factors[unit], strict=True)
+        ]
+        if all(moment.ndim == 1 for moment, _, _ in weighed):
+            return np.asarray(sum(d * f for _, d, f in weighed), np.float32)
+        total = sum(m * f for m, _, f in weighed if m.ndim == 2)
+        return np.asarray(total + np.diag(sum(d * f for m, d, f in weighed if m.ndim == 1)))
+
+
+def save(statistics: Statistics, path: Path) -> None:
+    """Write statistics as a safetensors file, whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    shared: dict[int, str] = {}
+    units = []
+    for unit, uses in statistics.uses.items():
+        described = []
+        for index, use in enumerate(uses):
+            where = shared.setdefault(id(use.moment), f"moment.{len(shared)}")
+            tensors[where] = torch.from_numpy(use.moment)
+            tensors[f"rows.{unit}.{index}"] = torch.from_numpy(use.rows)
+            described.append({"kind": use.kind, "source": use.source, "moment": where})
+        units.append({"name": unit, "uses": described, "factors": statistics.factors[unit]})
+    about = {"samples": statistics.samples, "units": units}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".statistics-") as scratch:
+        part = Path(scratch) / path.name
+        safetensors.torch.save_file(tensors, part, {"mxcompile": json.dumps(about)})
+        os.replace(part, path)
+
+
+def load(path: Path) -> Statistics:
+    """Read what ``save`` wrote.
+
+    Raises:
+        UsageError: the file is missing, damaged, or not of this kind.
+    """
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            about = json.loads(file.metadata()["mxcompile"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        uses = {
+            unit["name"]: tuple(
+                UseStatistics(
+                    use["kind"],
+                    use["source"],
+                    tensors[use["moment"]],
+                    tensors[f"rows.{unit['name']}.{index}"],
+                )
+                for index, use in enumerate(unit["uses"])
+            )
+            for unit in about["units"]
+        }
+        factors = {unit["name"]: tuple(unit["factors"]) for unit in about["units"]}
+        return Statistics(about["samples"], uses, factors)
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: no calibration statistics ({error})") from error
