@@ -72,14 +72,13 @@ def collect(
     progress = progress or Progress()
     watched = FloatModel(model, uses)
     observer = Observer(watched, gradients=sensitivity == GRADIENT)
-    if sensitivity == GRADIENT:
+    if sensitivity == GRADIENT and not watched.scores_labels:
         feeds = list(feeds) * -(-PASSES // len(feeds))
     if draft is not None:
         draft.resume(observer)
     with progress.stage("calibrate", len(feeds)) as advance:
         advance(observer.seen)
-        for feed in feeds[observer.seen :]:
-            observer.see(feed)
+        for _ in observer.see(feeds[observer.seen :]):
             if draft is not None:
                 draft.keep(observer)
             advance()

@@ -47,6 +47,11 @@ class FloatModel:
         """What a run must compute: logits are left to ``logits``, for some positions at a time."""
         return [self.hidden] if self.hidden is not None else self.outputs
 
+    @property
+    def scores_labels(self) -> bool:
+        """Whether the model gives logits: errors then count in nats of divergence."""
+        return self.fetched == [LOGITS] or self.head is not None
+
     def logits(self, hidden: Tensor, fetch: str = LOGITS) -> Tensor:
         """The logits [positions, vocabulary] of hidden states [positions, columns].
 

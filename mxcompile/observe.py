@@ -12,7 +12,9 @@ The sums are tensors under string keys, so that they can be kept while the work 
 that was cut off goes on where it was.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
@@ -54,10 +56,80 @@ class Observer:
         self.gradients = gradients
         self.seen = 0
         self.sums: dict[str, Tensor] = {}
+
+    def see(self, feeds: Sequence[Feed]) -> Iterator[None]:
+        """Run samples, one a thread, and yield whenever one more is in the sums.
+
+        On a machine with other work, threads that meet once a sample are several times faster
+        than threads that meet in every operator. Sums are added in order: results do not vary.
+        """
+
+        def look(index: int, feed: Feed) -> dict[str, Tensor]:
+            return _Sample(self.watched, index, gradients=self.gradients).run(feed)
+
+        pool = ThreadPoolExecutor(
+            torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
+        )
+        try:
+            for sums in pool.map(look, itertools.count(self.seen), feeds):
+                for key, value in sums.items():
+                    self.sums[key] = self.sums[key].add_(value) if key in self.sums else value
+                self.seen += 1
+                yield
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def statistics(self) -> Statistics:
+        """The means, with the factors that gradients give; without gradients these are 1."""
+        moments = {
+            key.removeprefix("moment "): (m / self.sums[key.replace("moment", "mass", 1)]).numpy()
+            for key, m in self.sums.items()
+            if key.startswith("moment ")
+        }
+        found = {
+            unit: tuple(self._use_statistics(unit, use, moments) for use in uses)
+            for unit, uses in self.watched.uses.items()
+        }
+        factors: Factors = {
+            unit: tuple(self._factor(use) for use in uses)
+            for unit, uses in self.watched.uses.items()
+        }
+        counts = [int(n) for key, n in self.sums.items() if key.startswith("count ")]
+        return Statistics(max(counts, default=0), found, factors)
+
+    def _factor(self, use: Use) -> float:
+        """Half of the Fisher information is divergence a token; errors add up over a sample."""
+        if not self.gradients:
+            return 1.0
+        count = self.sums.get(f"count {product(use)}", torch.zeros(()))
+        return 0.5 if self.watched.scores_labels else float(count) / max(self.seen, 1)
+
+    def _use_statistics(self, unit: str, use: Use, moments: Mapping[str, Array]) -> UseStatistics:
+        """A use that never ran has no moment; one that no gradient reaches counts by its errors."""
+        rows, columns = graph.matrix_shape(self.watched.model.graph.initializers[unit])
+        count = float(self.sums.get(f"count {product(use)}", torch.ones(())))
+        weights = (
+            self.sums.get(f"rows {product(use)}", torch.full((rows,), count)) / count
+        ).numpy()
+        if use.kind == "embedding":
+            slopes = self.sums.get(f"slopes {product(use)}", torch.full((columns,), count))
+            return UseStatistics(use.kind, source(use), (slopes / count).numpy(), weights)
+        moment = moments.get(met(use), np.zeros(columns, np.float32))
+        return UseStatistics(use.kind, source(use), moment, weights)
+
+
+class _Sample:
+    """The sums over one sample's positions."""
+
+    def __init__(self, watched: FloatModel, index: int, *, gradients: bool) -> None:
+        self.watched = watched
+        self.index = index
+        self.gradients = gradients
+        self.sums: dict[str, Tensor] = {}
         self._uses = {product(u): u for found in watched.uses.values() for u in found}
 
-    def see(self, feed: Feed) -> None:
-        """Run one sample."""
+    def run(self, feed: Feed) -> dict[str, Tensor]:
+        """Run the model, and give the sums."""
         run = self.watched.interpreter.run
         looked_up = [k for k, u in self._uses.items() if u.kind == "embedding"]
         with torch.no_grad():
@@ -73,7 +145,7 @@ class Observer:
             self._add_embeddings(values, slopes)
             if self.watched.head is not None:
                 self._add_head(self.watched.head, values)
-        self.seen += 1
+        return self.sums
 
     def _slopes(self, values: Values) -> dict[Use, Tensor]:
         """The gradients [positions, rows] of a random loss, for every use that feels it."""
@@ -85,7 +157,7 @@ class Observer:
         ends = [values[k] for k in self.watched.fetched if values[k].requires_grad]
         if not ends or not felt:
             return {}
-        generator = torch.Generator().manual_seed(self.seen)
+        generator = torch.Generator().manual_seed(self.index)
         seeds = [self._seed(end.detach(), generator) / len(ends) ** 0.5 for end in ends]
         found = torch.autograd.grad(ends, list(felt.values()), seeds, allow_unused=True)
         return {u: by_position(s, u) for u, s in zip(felt, found, strict=True) if s is not None}
@@ -96,9 +168,10 @@ class Observer:
         For logits that of ``-log p`` of labels drawn from the model itself, at some positions, so
         that squared gradients are Fisher information; else a normal one over the output's norm.
         """
-        if not self._scores_labels:
-            noise = torch.randn(end.shape, generator=generator)
-            return noise / end.norm().clamp(min=torch.finfo(end.dtype).tiny)
+        if not self.watched.scores_labels:
+            noise: Tensor = torch.randn(end.shape, generator=generator)
+            noise /= end.norm().clamp(min=torch.finfo(end.dtype).tiny)
+            return noise
         positions = self._labelled(end.shape[:-1].numel())
         seed = torch.zeros_like(end)
         for part in torch.split(positions, LOGIT_ROWS):
@@ -109,15 +182,12 @@ class Observer:
             (slope,) = torch.autograd.grad(-log_p.gather(1, labels).sum(), x)
             seed.view(-1, end.shape[-1])[part] = slope
         # Squares, not gradients, add up over the positions that were left out.
-        return seed * (end.shape[:-1].numel() / len(positions)) ** 0.5
-
-    @property
-    def _scores_labels(self) -> bool:
-        return self.watched.head is not None or self.watched.fetched == [LOGITS]
+        scaled: Tensor = seed * (end.shape[:-1].numel() / len(positions)) ** 0.5
+        return scaled
 
     def _labelled(self, count: int) -> Tensor:
         """Every so many of a sample's positions, others in the next sample."""
-        return torch.arange(self.seen % min(HEAD_STRIDE, count), count, HEAD_STRIDE)
+        return torch.arange(self.index % min(HEAD_STRIDE, count), count, HEAD_STRIDE)
 
     def _add_layers(self, values: Values, slopes: Mapping[Use, Tensor]) -> None:
         groups: dict[str, list[Use]] = {}
@@ -180,41 +250,3 @@ class Observer:
 
     def _add(self, key: str, value: Tensor) -> None:
         self.sums[key] = self.sums[key] + value if key in self.sums else value
-
-    def statistics(self) -> Statistics:
-        """The means, with the factors that gradients give; without gradients these are 1."""
-        moments = {
-            key.removeprefix("moment "): (m / self.sums[key.replace("moment", "mass", 1)]).numpy()
-            for key, m in self.sums.items()
-            if key.startswith("moment ")
-        }
-        found = {
-            unit: tuple(self._use_statistics(unit, use, moments) for use in uses)
-            for unit, uses in self.watched.uses.items()
-        }
-        factors: Factors = {
-            unit: tuple(self._factor(use) for use in uses)
-            for unit, uses in self.watched.uses.items()
-        }
-        counts = [int(n) for key, n in self.sums.items() if key.startswith("count ")]
-        return Statistics(max(counts, default=0), found, factors)
-
-    def _factor(self, use: Use) -> float:
-        """Half of the Fisher information is divergence a token; errors add up over a sample."""
-        if not self.gradients:
-            return 1.0
-        count = self.sums.get(f"count {product(use)}", torch.zeros(()))
-        return 0.5 if self._scores_labels else float(count) / max(self.seen, 1)
-
-    def _use_statistics(self, unit: str, use: Use, moments: Mapping[str, Array]) -> UseStatistics:
-        """A use that never ran has no moment; one that no gradient reaches counts by its errors."""
-        rows, columns = graph.matrix_shape(self.watched.model.graph.initializers[unit])
-        count = float(self.sums.get(f"count {product(use)}", torch.ones(())))
-        weights = (
-            self.sums.get(f"rows {product(use)}", torch.full((rows,), count)) / count
-        ).numpy()
-        if use.kind == "embedding":
-            slopes = self.sums.get(f"slopes {product(use)}", torch.full((columns,), count))
-            return UseStatistics(use.kind, source(use), (slopes / count).numpy(), weights)
-        moment = moments.get(met(use), np.zeros(columns, np.float32))
-        return UseStatistics(use.kind, source(use), moment, weights)

@@ -62,7 +62,11 @@ def price(
     with (progress or Progress()).stage("price", total) as advance:
         for unit in units:
             weight = weights(unit.name)
-            quantizer = Quantizer.of(statistics.moment(unit.name))
+            with np.errstate(invalid="ignore"):
+                met = statistics.moment(unit.name)
+            if not np.isfinite(met).all():
+                raise UsageError(f"{unit.name} cannot be priced: calibration met infinite numbers")
+            quantizer = Quantizer.of(met)
             damage[unit.name] = np.zeros((unit.tiles, len(formats)))
             step = max(BLOCK // (unit.columns * ROW_TILE), 1) * ROW_TILE
             for start in range(0, unit.rows, step):
@@ -74,8 +78,6 @@ def price(
 
                 damage[unit.name][tiles] = _block(unit.name, block, quantizer, harm, formats)
                 advance(block.size)
-            if not np.isfinite(damage[unit.name]).all():
-                raise UsageError(f"{unit.name} cannot be priced: calibration met infinite numbers")
     return Costs(tuple(units), tuple(formats), damage)
 
 

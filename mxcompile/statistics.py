@@ -94,14 +94,13 @@ class Statistics:
 
     def moment(self, unit: str) -> Array:
         """What all uses of a unit meet, for the quantizers: [columns, columns] or [columns]."""
+        parts = zip(self.uses[unit], self.factors[unit], strict=True)
         weighed = [
-            (use.moment, use.diagonal, np.float32(f * use.rows.mean(dtype=np.float64)))
-            for use, f in zip(self.uses[unit], self.factors[unit], strict=True)
+            (use.moment, np.float32(f * use.rows.mean(dtype=np.float64))) for use, f in parts
         ]
-        if all(moment.ndim == 1 for moment, _, _ in weighed):
-            return np.asarray(sum(d * f for _, d, f in weighed), np.float32)
-        total = sum(m * f for m, _, f in weighed if m.ndim == 2)
-        return np.asarray(total + np.diag(sum(d * f for m, d, f in weighed if m.ndim == 1)))
+        whole = any(moment.ndim == 2 for moment, _ in weighed)
+        terms = [(np.diag(m) if whole and m.ndim == 1 else m) * weight for m, weight in weighed]
+        return np.asarray(sum(terms), np.float32)
 
 
 def save(statistics: Statistics, path: Path) -> None:
