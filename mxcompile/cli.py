@@ -159,8 +159,28 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--budget",
         action="append",
-        metavar="SIZE",
-        help="4.2bit (all-in, a weight) or 600MB; may be repeated, then all hold (default: 4.2bit)",
+        metavar="BUDGET",
+        help="4.2bit (all-in, a weight), 600MB, 30tok/s or kld<=0.02 (the smallest artifact that "
+        "keeps it); may be repeated, then all hold (default: 4.2bit)",
+    )
+    verb.add_argument(
+        "--format",
+        action="append",
+        metavar="PATTERN=FORMAT",
+        help="the format of the weights that a pattern names, such as *.down_proj.weight=int6; "
+        "may be repeated, the first match counts",
+    )
+    verb.add_argument(
+        "--keep",
+        action="append",
+        metavar="PATTERN=FORMAT",
+        help="the narrowest format of the weights that a pattern names; after every --format",
+    )
+    verb.add_argument(
+        "--sensitivity",
+        choices=("gradient", "forward"),
+        default="gradient",
+        help="how errors are priced: by gradients, or by perturbing layers (default: gradient)",
     )
     verb.add_argument(
         "--activations",
@@ -187,7 +207,13 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
         help="text to measure activations on (default: a text that comes with mxcompile)",
     )
     verb.add_argument(
-        "--cache", type=Path, metavar="DIR", help="keep what is measured, for the next budget"
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep what is measured, for the next budget or to go on after an interruption",
+    )
+    verb.add_argument(
+        "--resume", action="store_true", help="the same as --cache MODEL.cache, beside the model"
     )
 
 
@@ -199,6 +225,12 @@ def _add_compile(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--force", action="store_true", help="replace the output if it exists")
     verb.add_argument("--plan", type=Path, metavar="FILE", help="a plan from `mxcompile plan -o`")
     verb.add_argument("--emit-onnx", type=Path, metavar="FILE", help="write the Q/DQ model too")
+    verb.add_argument(
+        "--verify",
+        choices=("quick", "full"),
+        default="quick",
+        help="full also compiles the widest uniform plan that fits, which must not be better",
+    )
     verb.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the model after each pass")
 
 
@@ -207,6 +239,7 @@ def _job(args: argparse.Namespace) -> "Job":
         kinds = ", ".join(_VERBS)
         raise UsageError(f"{args.model} is neither a model file nor a verb; verbs: {kinds}")
     from mxcompile.compiler import Job
+    from mxcompile.plan import Rule
 
     compiling = args.verb == "compile"
     return Job(
@@ -216,7 +249,13 @@ def _job(args: argparse.Namespace) -> "Job":
         activations=args.activations,
         kv_dtype=args.kv_cache,
         calibration=args.calibration,
-        cache=args.cache,
+        cache=args.cache or (args.model.with_suffix(".cache") if args.resume else None),
+        sensitivity=args.sensitivity,
+        rules=(
+            *(Rule.parse(text) for text in args.format or ()),
+            *(Rule.parse(text, floor=True) for text in args.keep or ()),
+        ),
+        verify=args.verify if compiling else "quick",
         shapes=tuple(args.shape or ()),
         output=(compiling and args.output) or Path(args.model.with_suffix(".mxc").name),
         force=compiling and args.force,

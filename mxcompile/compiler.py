@@ -3,7 +3,8 @@
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -12,17 +13,18 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from mxcompile import artifact as artifacts
-from mxcompile import calibrate, graph, lower, passes, report, target, verify
+from mxcompile import calibrate, graph, lower, passes, price, report, runtime, target, verify
 from mxcompile.artifact import Artifact
-from mxcompile.budget import Budget, parse_budget
+from mxcompile.budget import Budgets
 from mxcompile.errors import PlanError, UsageError
 from mxcompile.instruments import Dump, Verify
+from mxcompile.latency import Latency
 from mxcompile.pipeline import Context, Instrument, Pipeline
-from mxcompile.plan import PrecisionPlan
-from mxcompile.price import Costs, price
+from mxcompile.plan import PrecisionPlan, Rule
+from mxcompile.price import Costs
 from mxcompile.progress import Progress
 from mxcompile.samples import Samples
-from mxcompile.solve import Solution, solve, sweep
+from mxcompile.solve import ANY_SPEED, Solution, solve, sweep
 from mxcompile.statistics import Statistics
 
 HEADER_BYTES: Final = 90
@@ -52,6 +54,8 @@ class Job:
     cache: Path | None = None
     plan: Path | None = None
     shapes: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    verify: Literal["quick", "full"] = "quick"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +105,35 @@ def compile_model(job: Job, progress: Progress) -> Artifact:
                     extra=[path for path in tokenizer if path.is_file()],
                 )
             with progress.stage("verify"):
-                limit = _budget(job, manifest.parameters).limit(manifest.parameters)
-                verify.check_size(built, limit if job.plan is None else None)
+                if job.plan is None:
+                    verify.check_size(built, Budgets.parse(job.budgets, manifest.parameters).size)
                 quality = verify.check(built, job.model, planned.samples, planned.predicted)
+            if job.verify == "full":
+                verify.check_better(quality, _uniform_quality(job, built, progress))
             page = report.render(
                 built, quality=quality, predicted=planned.predicted, seconds=progress.seconds
             )
             artifacts.finish(built, quality=quality, report=page)
     return artifacts.load(job.output)
+
+
+def _uniform_quality(job: Job, built: Artifact, progress: Progress) -> dict[str, float]:
+    """What is measured on the widest uniform plan that is no larger; nothing when none is."""
+    plan = PrecisionPlan.widest_uniform(built.plan().units, built.plan().weight_bytes)
+    if plan is None:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="mxcompile-") as scratch:
+        path = Path(scratch) / "uniform.json"
+        path.write_text(json.dumps(plan.to_json()))
+        other = replace(
+            job,
+            plan=path,
+            output=Path(scratch) / "uniform.mxc",
+            emit_onnx=None,
+            dump_ir=None,
+            verify="quick",
+        )
+        return dict(compile_model(other, progress).manifest.quality)
 
 
 def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
@@ -119,7 +144,7 @@ def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
 def sweep_budgets(job: Job, progress: Progress) -> list[dict[str, float]]:
     """Bytes, bits a weight and predicted damage of the best plans from least to most bytes."""
     model, samples, fixed = _prepare(job, target.find(job.target), progress)
-    costs = _price(model, _statistics(job, model, samples, progress), progress)
+    costs = _prices(job, model, samples, progress).bind(job.rules)
     count = graph.parameters(model)
     return [
         {
@@ -192,6 +217,11 @@ def _fixed_bytes(model: ir.Model) -> int:
     return data + tables + names + sum(2 * (len(u.name) + HEADER_BYTES) for u in units)
 
 
+def _key(job: Job, samples: Samples) -> str:
+    files = [p for p in (job.model, Path(f"{job.model}.data")) if p.is_file()]
+    return calibrate.cache_key(files, [*samples.feeds, *samples.probes], job.sensitivity)
+
+
 def _statistics(job: Job, model: ir.Model, samples: Samples, progress: Progress) -> Statistics:
     """What the model does on the samples; kept under a content hash where a cache is given."""
 
@@ -208,42 +238,70 @@ def _statistics(job: Job, model: ir.Model, samples: Samples, progress: Progress)
 
     if job.cache is None:
         return collect()
-    files = [p for p in (job.model, Path(f"{job.model}.data")) if p.is_file()]
-    key = calibrate.cache_key(files, [*samples.feeds, *samples.probes], job.sensitivity)
-    return calibrate.cached(job.cache / f"{key}.safetensors", collect)
+    return calibrate.cached(job.cache / f"{_key(job, samples)}.safetensors", collect)
 
 
-def _price(model: ir.Model, statistics: Statistics, progress: Progress) -> Costs:
-    weights = partial(graph.weight, model)
-    return price(weights, graph.units(model), statistics, progress=progress)
-
-
-def _budget(job: Job, parameters: int) -> Budget:
-    """The tightest of the budgets: all of them must hold."""
-    budgets = [parse_budget(text) for text in job.budgets]
-    return min(budgets, key=lambda budget: budget.limit(parameters))
+def _prices(
+    job: Job,
+    model: ir.Model,
+    samples: Samples,
+    progress: Progress,
+    statistics: Statistics | None = None,
+) -> Costs:
+    """What every tile costs in every format; kept beside the statistics."""
+    units = graph.units(model)
+    path = None
+    if job.cache is not None:
+        path = job.cache / f"{_key(job, samples)}.costs-{price.VERSION}.safetensors"
+        with suppress(UsageError):
+            if (costs := price.load(path)).units == units:
+                return costs
+    statistics = statistics or _statistics(job, model, samples, progress)
+    costs = price.price(partial(graph.weight, model), units, statistics, progress=progress)
+    if path is not None:
+        price.save(costs, path)
+    return costs
 
 
 def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
-    _budget(job, 1)  # a budget that cannot be read is refused before the work
+    Budgets.parse(job.budgets, 1)  # a budget that cannot be read is refused before the work
     model, samples, fixed = _prepare(job, where, progress)
     plan = _read_plan(job.plan, model) if job.plan is not None else None
     statistics = _statistics(job, model, samples, progress)
     if plan is not None:
         return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
-    costs = _price(model, statistics, progress)
+    found = _solve(job, model, _prices(job, model, samples, progress, statistics), fixed, progress)
+    return Planned(model, samples, found.plan, statistics, _predictions(found, model))
+
+
+def _solve(job: Job, model: ir.Model, costs: Costs, fixed: int, progress: Progress) -> Solution:
     count = graph.parameters(model)
+    budgets = Budgets.parse(job.budgets, count)
     with progress.stage("solve"):
-        found = solve(costs, _budget(job, count), parameters=count, fixed_bytes=fixed)
-    return Planned(model, samples, found.plan, statistics, _predictions(found, count))
+        latency = ANY_SPEED
+        if budgets.rate is not None:
+            reads = {
+                unit: sum(use.kind != "embedding" for use in uses)
+                for unit, uses in graph.uses(model).items()
+            }
+            latency = Latency.measured(runtime.cores(), reads)
+            progress.note(f"the rate is predicted by {latency.source}")
+        return solve(
+            costs.bind(job.rules),
+            budgets,
+            parameters=count,
+            fixed_bytes=fixed,
+            latency=latency,
+        )
 
 
-def _predictions(found: Solution, parameters: int) -> dict[str, float | str]:
+def _predictions(found: Solution, model: ir.Model) -> dict[str, float | str]:
     return {
         "damage": found.damage,
         "gap": found.gap,
         "method": found.method,
-        "bits_per_weight": 8 * found.bytes / parameters,
+        "bits_per_weight": 8 * found.bytes / graph.parameters(model),
+        "damage_per_byte": found.price,
     }
 
 

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Final, Self
 
@@ -86,6 +87,40 @@ class TileFormats:
 
 
 @dataclass(frozen=True, slots=True)
+class Rule:
+    """What a user decides for the units whose names match a pattern; text form ``*.down=int8``.
+
+    Attributes:
+        pattern: As a shell has it, for a unit's whole name; of several rules the first counts.
+        format: What the units have.
+        floor: Whether it is the least that they have, and the solver may give more.
+    """
+
+    pattern: str
+    format: Format
+    floor: bool = False
+
+    @classmethod
+    def parse(cls, text: str, *, floor: bool = False) -> Self:
+        """Read the text form.
+
+        Raises:
+            PlanError: the text is not PATTERN=FORMAT.
+        """
+        pattern, _, name = text.rpartition("=")
+        if not pattern or name not in FORMATS:
+            raise PlanError(f"'{text}' is not PATTERN=FORMAT; formats: {', '.join(FORMATS)}")
+        return cls(pattern, FORMATS[name], floor)
+
+    def names(self, unit: str) -> bool:
+        """Whether the rule is for a unit."""
+        return fnmatchcase(unit, self.pattern)
+
+    def __str__(self) -> str:
+        return f"{self.pattern}={self.format}"
+
+
+@dataclass(frozen=True, slots=True)
 class PrecisionPlan:
     """A format for every row tile of every unit, keyed by the unit's name.
 
@@ -108,6 +143,13 @@ class PrecisionPlan:
     def uniform(cls, units: tuple[Unit, ...], fmt: Format) -> Self:
         """The plan that gives every tile one format."""
         return cls(units, {u.name: TileFormats((fmt,) * u.tiles) for u in units})
+
+    @classmethod
+    def widest_uniform(cls, units: tuple[Unit, ...], limit: int) -> Self | None:
+        """The largest uniform plan of at most ``limit`` bytes, if there is one."""
+        plans = (cls.uniform(units, fmt) for fmt in FORMATS.values())
+        fits = [plan for plan in plans if plan.weight_bytes <= limit]
+        return max(fits, key=lambda plan: plan.weight_bytes, default=None)
 
     @property
     def weight_bytes(self) -> int:

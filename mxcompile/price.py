@@ -1,21 +1,30 @@
 """What every row tile costs in every format: bytes, and damage to the model's output."""
 
+import json
+import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 import torch
 
-from mxcompile.errors import UsageError
+from mxcompile.errors import PlanError, UsageError
 from mxcompile.formats import FORMATS, Format
 from mxcompile.gptq import Quantizer
-from mxcompile.plan import ROW_TILE, Unit, tile_bytes
+from mxcompile.plan import ROW_TILE, PrecisionPlan, Rule, Unit, tile_bytes
 from mxcompile.progress import Progress
 from mxcompile.quantize import dequantize
 from mxcompile.statistics import Statistics
 
 Array: TypeAlias = np.ndarray[Any, Any]
+
+VERSION: Final = 1
+"""Changes whenever the quantizers give other codes for the same weights and statistics."""
 
 BLOCK: Final = 1 << 23
 """Weights that are priced at a time."""
@@ -23,16 +32,62 @@ BLOCK: Final = 1 << 23
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Costs:
-    """The price list that a plan is solved from; formats go from narrow to wide."""
+    """The price list that a plan is solved from.
+
+    Attributes:
+        units: What is planned.
+        formats: The choices, from narrow to wide.
+        damage: By unit: float64 [tiles, formats].
+        bound: By unit, where the user decided: what each of ``formats`` stands for.
+    """
 
     units: tuple[Unit, ...]
     formats: tuple[Format, ...]
     damage: Mapping[str, Array]
-    """By unit: float64 [tiles, formats]."""
+    bound: Mapping[str, tuple[Format, ...]] = field(default_factory=dict)
+
+    def choices(self, unit: Unit) -> tuple[Format, ...]:
+        """What a tile of a unit gets for each of ``formats``."""
+        return self.bound.get(unit.name, self.formats)
 
     def bytes(self, unit: Unit) -> Array:
         """The bytes of one tile of a unit in each format, int64 [formats]."""
-        return np.array([tile_bytes(unit.columns, fmt) for fmt in self.formats], np.int64)
+        return np.array([tile_bytes(unit.columns, fmt) for fmt in self.choices(unit)], np.int64)
+
+    def total(self, plan: PrecisionPlan) -> float:
+        """The summed damage of a plan over formats that are priced."""
+        index = {fmt: i for i, fmt in enumerate(self.formats)}
+        return sum(
+            float(self.damage[unit.name][np.arange(unit.tiles), chosen].sum())
+            for unit in self.units
+            for chosen in [[index[fmt] for fmt in plan.tiles[unit.name].formats]]
+        )
+
+    def bind(self, rules: Sequence[Rule]) -> Self:
+        """Leave the units that rules name what these allow; a format outside stands for another.
+
+        Raises:
+            PlanError: a rule names no unit, or a format that is not priced.
+        """
+        unused = dict.fromkeys(rules)
+        bound, damage = dict(self.bound), dict(self.damage)
+        for unit in self.units:
+            rule = next((rule for rule in rules if rule.names(unit.name)), None)
+            if rule is None:
+                continue
+            unused.pop(rule, None)
+            if rule.format not in self.formats:
+                raise PlanError(f"{rule}: the plan can have {', '.join(map(str, self.formats))}")
+            least = self.formats.index(rule.format)
+            stands_for = np.arange(len(self.formats)).clip(min=least)
+            if not rule.floor:
+                stands_for[:] = least
+            bound[unit.name] = tuple(self.formats[i] for i in stands_for)
+            damage[unit.name] = self.damage[unit.name][:, stands_for]
+        if unused:
+            names = ", ".join(unit.name for unit in self.units[:8])
+            raise PlanError(f"{next(iter(unused))} names no unit first; units: {names}, ...")
+        return replace(self, bound=bound, damage=damage)
 
 
 def price(
@@ -97,3 +152,31 @@ def _block(
             by_row[: len(block), index] = harm(delta)
     tiles: Array = by_row.reshape(-1, ROW_TILE, len(formats)).sum(1)
     return tiles
+
+
+def save(costs: Costs, path: Path) -> None:
+    """Write prices as a safetensors file, whole or not at all."""
+    about = [{"name": u.name, "rows": u.rows, "columns": u.columns} for u in costs.units]
+    tensors = {u.name: np.ascontiguousarray(costs.damage[u.name]) for u in costs.units}
+    text = {"units": json.dumps(about), "formats": json.dumps([f.name for f in costs.formats])}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".costs-") as scratch:
+        part = Path(scratch) / path.name
+        safetensors.numpy.save_file(tensors, part, text)
+        os.replace(part, path)
+
+
+def load(path: Path) -> Costs:
+    """Read what ``save`` wrote.
+
+    Raises:
+        UsageError: the file is missing, damaged, or not of this kind.
+    """
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            units = tuple(Unit(**about) for about in json.loads(file.metadata()["units"]))
+            names = json.loads(file.metadata()["formats"])
+            damage = {unit.name: file.get_tensor(unit.name) for unit in units}
+        return Costs(units, tuple(FORMATS[name] for name in names), damage)
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: no prices ({error})") from error

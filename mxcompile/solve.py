@@ -10,15 +10,17 @@ likewise. What the rounding left of the limit is spent greedily. Small problems 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array
 
-from mxcompile.budget import Budget
+from mxcompile.budget import Budgets, Divergence
 from mxcompile.errors import BudgetError
+from mxcompile.latency import Latency
 from mxcompile.plan import PrecisionPlan, TileFormats
 from mxcompile.price import Costs
 
@@ -36,71 +38,189 @@ CHUNK: Final = 1 << 18
 
 FILL_BATCH: Final = 256
 
+SIZE_STEPS: Final = 2000
+"""The smallest plan that keeps a divergence is found to this part of its bytes."""
+
+SURROGATES: Final = 16
+SLACK_STEPS: Final = 500
+SLACKS: Final = 50
+"""Weighted sums of two limits that are tried; and by how much they are tightened, until a plan
+that keeps the sum keeps both."""
+
+ANY_SPEED: Final = Latency(0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """A plan that fits the budget.
+    """A plan that keeps the budgets.
 
     Attributes:
         plan: The format of every tile.
         damage: The summed damage of the plan, as priced.
         bytes: The bytes of all packed tiles, and of what is not planned.
+        reads: The bytes that a decode step reads.
         gap: A bound on ``(damage - least possible damage) / damage``.
+        price: The damage that one more byte would save, the Lagrange multiplier of the size.
         method: What found the plan.
     """
 
     plan: PrecisionPlan
     damage: float
     bytes: int
+    reads: int
     gap: float
+    price: float
     method: Method
 
 
 def solve(
     costs: Costs,
-    budget: Budget,
+    budgets: Budgets,
     *,
     parameters: int,
     fixed_bytes: int = 0,
+    latency: Latency = ANY_SPEED,
     exact_tiles: int = EXACT_TILES,
 ) -> Solution:
     """Choose the format of every tile.
 
     Args:
         costs: Damage and bytes of every tile in every format.
-        budget: What the weight file may take.
+        budgets: What must hold; with a divergence, the smallest plan that keeps it.
         parameters: The number of the model's parameters, which a budget in bits divides by.
-        fixed_bytes: The part of the weight file that is not planned.
+        fixed_bytes: The part of the weight file that is not planned, and read in every step.
+        latency: What a rate is predicted with.
         exact_tiles: Up to how many tiles HiGHS is asked.
 
     Raises:
-        BudgetError: even the narrowest formats do not fit.
+        BudgetError: the text says which budget binds, and the best that can be had.
     """
-    problem = _Problem.of(costs)
-    limit = budget.limit(parameters) - fixed_bytes
-    if (least := problem.size(np.zeros(problem.tiles, np.int8))) > limit:
-        smallest = budget.express(least + fixed_bytes, parameters)
-        raise BudgetError(f"{budget} cannot be met: the smallest plan takes {smallest}")
-    relaxed = _lagrange(problem, limit, _steps(problem))
-    choice, bound = relaxed.choice, relaxed.bound
-    method: Method = "lagrange"
-    if problem.tiles <= exact_tiles and _gap(problem.total(choice), bound) > EXACT_GAP:
-        choice, bound = _exact(problem, limit, relaxed)
-        method = "highs"
-    damage = problem.total(choice)
-    size = problem.size(choice) + fixed_bytes
-    return Solution(_plan(costs, choice), damage, size, _gap(damage, bound), method)
+    problem = _Problem.of(costs, latency)
+    least = np.zeros(problem.tiles, np.int8)
+    size = problem.size(np.full(problem.tiles, problem.damage.shape[1] - 1, np.int8))
+    if budgets.size is not None:
+        size = budgets.size.limit(parameters) - fixed_bytes
+        if (smallest := problem.size(least)) > size:
+            said = budgets.size.express(smallest + fixed_bytes, parameters)
+            raise BudgetError(f"{budgets.size} cannot be met: the smallest plan takes {said}")
+    reads = None
+    if budgets.rate is not None:
+        reads = latency.limit(budgets.rate.amount) - fixed_bytes
+        if (fewest := problem.reads(least)) > reads:
+            best = latency.rate(fewest + fixed_bytes)
+            raise BudgetError(
+                f"{budgets.rate} cannot be met: the smallest plan is predicted to make {best:.4g} "
+                f"tok/s, by {latency.source}"
+            )
+    if budgets.divergence is None:
+        found = _within(problem, size, reads, exact_tiles)
+    else:
+        found = _smallest(problem, size, reads, budgets.divergence, exact_tiles)
+    damage = problem.total(found.choice)
+    return Solution(
+        _plan(costs, found.choice),
+        damage,
+        problem.size(found.choice) + fixed_bytes,
+        problem.reads(found.choice) + fixed_bytes,
+        _gap(damage, found.bound),
+        found.price,
+        found.method,
+    )
+
+
+def _within(problem: "_Problem", size: int, reads: int | None, exact_tiles: int) -> "_Found":
+    """The least damage within a size and, where it is given, within what a step may read."""
+    found = _knapsack(problem, size, exact_tiles)
+    if reads is None or problem.reads(found.choice) <= reads:
+        return found
+    found = _knapsack(replace(problem, bytes=problem.read_bytes), reads, exact_tiles)
+    # What a step does not read in whole costs it nothing, and may have the best.
+    free = problem.read_bytes[problem.unit, -1] == 0
+    narrow = problem.total(found.choice)
+    found.choice[free] = problem.damage[free].argmin(1)
+    if problem.size(found.choice) <= size:
+        bound = found.bound + problem.total(found.choice) - narrow
+        return replace(found, bound=bound, price=0.0)
+    return _both(problem, size, reads)
+
+
+def _both(problem: "_Problem", size: int, reads: int) -> "_Found":
+    """The least damage where both limits bind: a surrogate knapsack of their weighted sum.
+
+    What keeps both limits keeps the sum, so every surrogate's bound holds; the best is kept.
+    """
+    bound, best = -math.inf, None
+    for slack in range(SLACKS):
+        room = 1 - slack / SLACK_STEPS
+        for share in range(1, SURROGATES):
+            mixed = share * problem.bytes + (SURROGATES - share) * problem.read_bytes
+            limit = share * size + (SURROGATES - share) * reads
+            surrogate = replace(problem, bytes=mixed)
+            if surrogate.size(np.zeros(problem.tiles, np.int8)) > int(limit * room):
+                continue
+            found = _knapsack(surrogate, int(limit * room), 0)
+            if slack == 0:
+                bound = max(bound, found.bound)
+            keeps = problem.size(found.choice) <= size and problem.reads(found.choice) <= reads
+            if keeps and (best is None or problem.total(found.choice) < problem.total(best.choice)):
+                best = replace(found, price=found.price * share)
+        if best is not None:
+            return replace(best, bound=bound)
+    narrowest = np.zeros(problem.tiles, np.int8)
+    return _Found(narrowest, bound, 0.0, "lagrange")
+
+
+def _smallest(
+    problem: "_Problem", size: int, reads: int | None, budget: Divergence, exact_tiles: int
+) -> "_Found":
+    """The fewest bytes whose damage is within a budget, by bisection over the size."""
+    best = _within(problem, size, reads, exact_tiles)
+    if (least := problem.total(best.choice)) > budget.amount:
+        raise BudgetError(
+            f"{budget} cannot be met: the best plan within the other budgets is predicted to "
+            f"diverge by {least:.3g}"
+        )
+    low, high = problem.size(np.zeros(problem.tiles, np.int8)), problem.size(best.choice)
+    while high - low > max(high // SIZE_STEPS, 1):
+        middle = (low + high) // 2
+        found = _within(problem, middle, reads, 0)
+        if problem.total(found.choice) <= budget.amount:
+            best, high = found, problem.size(found.choice)
+        else:
+            low = middle
+    return best
 
 
 def sweep(costs: Costs, count: int) -> Iterator[tuple[int, float]]:
     """Bytes and damage of the best plans at ``count`` limits, evenly spread from least to most."""
-    problem = _Problem.of(costs)
+    problem = _Problem.of(costs, ANY_SPEED)
     least = problem.size(np.zeros(problem.tiles, np.int8))
     most = problem.size(np.full(problem.tiles, problem.damage.shape[1] - 1, np.int8))
-    steps = _steps(problem)
     for limit in np.linspace(least, most, count).astype(np.int64).tolist():
-        choice = _lagrange(problem, limit, steps).choice
+        choice = _lagrange(problem, limit).choice
         yield problem.size(choice), problem.total(choice)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """A choice for every tile, a bound on the least damage, the price of a byte, the method."""
+
+    choice: Array
+    bound: float
+    price: float
+    method: Method
+
+
+def _knapsack(problem: "_Problem", limit: int, exact_tiles: int) -> _Found:
+    """The least damage within a limit on the problem's bytes."""
+    relaxed = _lagrange(problem, limit)
+    if (
+        problem.tiles <= exact_tiles
+        and _gap(problem.total(relaxed.choice), relaxed.bound) > EXACT_GAP
+    ):
+        choice, bound = _exact(problem, limit, relaxed)
+        return _Found(choice, bound, relaxed.price, "highs")
+    return _Found(relaxed.choice, relaxed.bound, relaxed.price, "lagrange")
 
 
 def _gap(damage: float, bound: float) -> float:
@@ -111,13 +231,13 @@ def _plan(costs: Costs, choice: Array) -> PrecisionPlan:
     ends = np.cumsum([unit.tiles for unit in costs.units])
     parts = np.split(choice, ends[:-1])
     tiles = {
-        unit.name: TileFormats(tuple(map(costs.formats.__getitem__, part.tolist())))
+        unit.name: TileFormats(tuple(map(costs.choices(unit).__getitem__, part.tolist())))
         for unit, part in zip(costs.units, parts, strict=True)
     }
     return PrecisionPlan(costs.units, tiles)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class _Problem:
     """All tiles in one array; choices go from fewer to more bytes.
 
@@ -125,30 +245,44 @@ class _Problem:
         damage: float64 [tiles, choices].
         unit: The unit of each tile, int32 [tiles].
         bytes: int64 [units, choices].
+        read_bytes: Of these, what a decode step reads; int64 [units, choices].
     """
 
     damage: Array
     unit: Array
     bytes: Array
+    read_bytes: Array
 
     @classmethod
-    def of(cls, costs: Costs) -> "_Problem":
+    def of(cls, costs: Costs, latency: Latency) -> "_Problem":
         counts = [unit.tiles for unit in costs.units]
+        size = np.stack([costs.bytes(unit) for unit in costs.units])
+        reads = np.array([latency.reads.get(unit.name, 1) for unit in costs.units])
         return cls(
             np.concatenate([costs.damage[unit.name] for unit in costs.units]),
             np.repeat(np.arange(len(counts), dtype=np.int32), counts),
-            np.stack([costs.bytes(unit) for unit in costs.units]),
+            size,
+            size * reads[:, None],
         )
 
     @property
     def tiles(self) -> int:
         return len(self.damage)
 
+    @cached_property
+    def steps(self) -> tuple[Array, Array]:
+        """The steps up every tile's convex hull; see ``_steps``."""
+        return _steps(self)
+
     def total(self, choice: Array) -> float:
         return float(np.take_along_axis(self.damage, choice[:, None], 1).sum())
 
     def size(self, choice: Array) -> int:
         return int(self.bytes[self.unit, choice].sum())
+
+    def reads(self, choice: Array) -> int:
+        """The bytes of tiles that a decode step reads."""
+        return int(self.read_bytes[self.unit, choice].sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,9 +294,9 @@ class _Relaxed:
     price: float
 
 
-def _lagrange(problem: _Problem, limit: int, steps: tuple[Array, Array]) -> _Relaxed:
-    """Solve the linear relaxation and round it to a plan that fits; ``steps`` are ``_steps``'s."""
-    worth, extra = steps
+def _lagrange(problem: _Problem, limit: int) -> _Relaxed:
+    """Solve the linear relaxation and round it to a plan that fits."""
+    worth, extra = problem.steps
     spare = limit - problem.size(np.zeros(problem.tiles, np.int8))
     price = _price(worth, extra, spare)
     taken = worth > price

@@ -9,6 +9,7 @@ import onnxruntime
 
 from mxcompile import evaluate
 from mxcompile.artifact import DECODER, Artifact
+from mxcompile.budget import Size
 from mxcompile.errors import VerificationError
 from mxcompile.float_model import Feed
 from mxcompile.runtime import Program
@@ -23,12 +24,25 @@ wrong kernel or layout costs several nats. SLACK covers int8 activations, which 
 """
 
 
-def check_size(built: Artifact, limit: int | None) -> None:
+def check_size(built: Artifact, budget: Size | None) -> None:
     """Raise VerificationError when the weight file is larger than the budget allows."""
-    if limit is not None and built.weight_bytes > limit:
+    if budget is None:
+        return
+    limit = budget.limit(built.manifest.parameters)
+    if built.weight_bytes > limit:
         raise VerificationError(
             f"the weight file has {built.weight_bytes} bytes, the budget allows {limit}"
         )
+
+
+def check_better(quality: Mapping[str, float], uniform: Mapping[str, float]) -> None:
+    """Raise VerificationError when a uniform plan of no more bytes is closer to the float model."""
+    for measure in ("kld_mean", "relative_error"):
+        if measure in uniform and quality[measure] > uniform[measure]:
+            raise VerificationError(
+                f"the mixed plan loses to a uniform one that is no larger: {measure} "
+                f"{quality[measure]:.3g} against {uniform[measure]:.3g}"
+            )
 
 
 def check(
