@@ -21,8 +21,13 @@ from mxcompile.quantize import Quantized, quantize, quantize_tiles, rows_by_form
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
+TRUST: Final = 0.5
+"""What is left of H beside its diagonal: samples tell which inputs are large better than which
+go together. On text of other sources than the calibration's, errors with all of H are no smaller
+than without feedback, with half of it a tenth to a fifth smaller (Gemma 3 270M, 3 bits)."""
+
 DAMPING: Final = 0.01
-"""What is added to H's diagonal, of its mean: the samples say little of rare directions."""
+"""What is added to H's diagonal, of its mean, so that inputs which never vary have an inverse."""
 
 ROWS: Final = 2048
 """Rows that are rounded together: with ``COLUMNS`` columns they fill half a core's cache."""
@@ -51,8 +56,10 @@ class Feedback:
         H = torch.from_numpy(moment).double()
         order = H.diagonal().argsort(descending=True, stable=True)
         H = H[order][:, order]
-        mean = float(H.diagonal().mean())
-        H.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+        diagonal = H.diagonal().clone()
+        H *= TRUST
+        mean = float(diagonal.mean())
+        H.diagonal().copy_(diagonal + (DAMPING * mean if mean > 0 else 1.0))
         upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
         return cls(order, (upper / upper.diagonal()[:, None]).float())
 

@@ -6,10 +6,9 @@ import pytest
 from mxcompile import price as module
 from mxcompile.errors import UsageError
 from mxcompile.formats import FORMATS
-from mxcompile.gptq import Quantizer
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
 from mxcompile.price import price
-from mxcompile.quantize import dequantize
+from mxcompile.quantize import dequantize, quantize
 from mxcompile.statistics import Statistics, UseStatistics, shrunk
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -44,7 +43,7 @@ def statistics() -> Statistics:
 def by_definition(weight: np.ndarray, statistics: Statistics, tile: int, choice: int) -> float:
     fmt = ALL[choice]
     rows = slice(tile * ROW_TILE, (tile + 1) * ROW_TILE)
-    quantized = Quantizer.of(statistics.moment("w")).rows(weight, fmt)
+    quantized = quantize(weight, fmt, np.diagonal(statistics.moment("w")))
     delta = (dequantize(quantized, fmt) - weight).astype(np.float64)[rows]
     lookup, product = statistics.uses["w"]
     one = shrunk(lookup.rows)[rows] * (delta**2 @ lookup.moment)
