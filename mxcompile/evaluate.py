@@ -4,7 +4,8 @@ Both read the same windows of a text. At every position the two next-token distr
 compared, and the text's own next token scores each of them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from mxcompile import artifact as artifacts
 from mxcompile.errors import UsageError
 from mxcompile.progress import Progress
-from mxcompile.runtime import Program, Session
+from mxcompile.runtime import Program, Session, cores
 from mxcompile.text import TextModel
 
 _LOGITS: Final = 1 << 25
@@ -32,6 +33,11 @@ class LogitSource(Protocol):
 
     def logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """The logits after each token, from an empty context, in ``chunks``."""
+
+    def continuations(
+        self, prompt: Sequence[int], choices: Sequence[Sequence[int]]
+    ) -> list[NDArray[np.float32]]:
+        """For every choice, the logits [tokens, vocabulary] before each of its tokens."""
 
 
 def chunks(tokens: Sequence[int], vocabulary: int) -> Iterator[Sequence[int]]:
@@ -53,6 +59,21 @@ class CompiledSource:
         self._session.truncate(0)
         for chunk in chunks(tokens, self.vocabulary):
             yield self._session.feed(chunk, "all")
+
+    def continuations(
+        self, prompt: Sequence[int], choices: Sequence[Sequence[int]]
+    ) -> list[NDArray[np.float32]]:
+        """Run the prompt once, and every choice from there."""
+        self._session.truncate(0)
+        first = np.array(self._session.feed(prompt, "last")).reshape(1, -1)
+        found = []
+        for choice in choices:
+            rest = [first]
+            if len(choice) > 1:
+                self._session.truncate(len(prompt))
+                rest.append(np.array(self._session.feed(choice[:-1], "all")))
+            found.append(np.concatenate([part.reshape(-1, self.vocabulary) for part in rest]))
+        return found
 
 
 class OnnxSource:
@@ -87,19 +108,39 @@ class OnnxSource:
     def logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Run the graph."""
         past = {name: self._empty(name) for name in self._past}
-        presents = [name.replace("past_key_values.", "present.") for name in self._past]
         end = 0
         for chunk in chunks(tokens, self.vocabulary):
-            begin, end = end, end + len(chunk)
-            feeds = {
-                "input_ids": np.asarray(chunk, np.int64)[None],
-                "position_ids": np.arange(begin, end, dtype=np.int64)[None],
-                "attention_mask": np.ones((1, end), np.int64),
-            }
-            known = {name: value for name, value in feeds.items() if name in self._inputs}
-            found = self._session.run(["logits", *presents], known | past)
-            past = dict(zip(self._past, found[1:], strict=True))
-            yield found[0][0]
+            found, past = self._step(chunk, end, past)
+            end += len(chunk)
+            yield found
+
+    def continuations(
+        self, prompt: Sequence[int], choices: Sequence[Sequence[int]]
+    ) -> list[NDArray[np.float32]]:
+        """Run the prompt once, and every choice from its keys and values."""
+        before, past = self._step(prompt, 0, {name: self._empty(name) for name in self._past})
+        found = []
+        for choice in choices:
+            rest = [before[-1:]]
+            if len(choice) > 1:
+                rest.append(self._step(choice[:-1], len(prompt), past)[0])
+            found.append(np.concatenate(rest))
+        return found
+
+    def _step(
+        self, tokens: Sequence[int], begin: int, past: Mapping[str, NDArray[Any]]
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
+        """The logits after some tokens more, and all keys and values."""
+        end = begin + len(tokens)
+        feeds = {
+            "input_ids": np.asarray(tokens, np.int64)[None],
+            "position_ids": np.arange(begin, end, dtype=np.int64)[None],
+            "attention_mask": np.ones((1, end), np.int64),
+        }
+        known = {name: value for name, value in feeds.items() if name in self._inputs}
+        presents = [name.replace("past_key_values.", "present.") for name in self._past]
+        found = self._session.run(["logits", *presents], {**known, **past})
+        return found[0][0], dict(zip(self._past, found[1:], strict=True))
 
     def _empty(self, name: str) -> NDArray[Any]:
         """A cache of no tokens: every free dimension but the batch is the past."""
@@ -139,26 +180,35 @@ def log_softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
 
 
 def compare_logits(
-    reference: NDArray[np.float32], tested: NDArray[np.float32], following: Sequence[int]
-) -> Comparison:
-    """Compare the logits [positions, vocabulary] of two models before the tokens ``following``.
+    reference: NDArray[np.float32],
+    tested: Sequence[NDArray[np.float32]],
+    following: Sequence[int],
+) -> list[Comparison]:
+    """Compare the logits [positions, vocabulary] of models with a reference's.
 
-    Positions without a next token, at the end, are left out.
+    Args:
+        reference: Logits before the tokens ``following``.
+        tested: The same of each model.
+        following: The text's own next tokens; positions without one, at the end, are left out.
     """
-    parts: list[Comparison] = []
-    for at in range(0, len(following), _BLOCK):
-        end = min(at + _BLOCK, len(following))
-        p, q = log_softmax(reference[at:end]), log_softmax(tested[at:end])
-        tokens = np.asarray(following[at:end])[:, None]
-        parts.append(
-            Comparison(
-                np.maximum((np.exp(p) * (p - q)).sum(-1), 0),
-                -np.take_along_axis(q, tokens, -1)[:, 0],
-                -np.take_along_axis(p, tokens, -1)[:, 0],
-                p.argmax(-1) == q.argmax(-1),
-            )
-        )
-    return _join(parts)
+
+    def block(at: int) -> list[Comparison]:
+        part = slice(at, min(at + _BLOCK, len(following)))
+        p, tokens = log_softmax(reference[part]), np.asarray(following[part])[:, None]
+        likely, best = np.exp(p), p.argmax(-1)
+        surprise = -np.take_along_axis(p, tokens, -1)[:, 0]
+        found = []
+        for logits in tested:
+            q = log_softmax(logits[part])
+            said, same = -np.take_along_axis(q, tokens, -1)[:, 0], q.argmax(-1) == best
+            lost = np.subtract(p, q, out=q)
+            lost *= likely
+            found.append(Comparison(np.maximum(lost.sum(-1), 0), said, surprise, same))
+        return found
+
+    with ThreadPoolExecutor(cores()) as pool:
+        blocks = list(pool.map(block, range(0, len(following), _BLOCK)))
+    return [_join(parts) for parts in zip(*blocks, strict=True)]
 
 
 def _join(parts: Sequence[Comparison]) -> Comparison:
@@ -178,16 +228,27 @@ def figures(found: Comparison) -> dict[str, float]:
 
     perplexity = float(np.exp(found.surprise.mean()))
     reference = float(np.exp(found.reference_surprise.mean()))
+    ratio = found.surprise - found.reference_surprise
+    change = np.exp(-found.surprise) - np.exp(-found.reference_surprise)
+    rms = float(np.sqrt(np.square(change).mean()))
     return {
         "perplexity": perplexity,
         "perplexity_error": perplexity * error(found.surprise),
         "reference_perplexity": reference,
         "reference_perplexity_error": reference * error(found.reference_surprise),
+        "perplexity_ratio": float(np.exp(ratio.mean())),
+        "perplexity_ratio_error": float(np.exp(ratio.mean())) * error(ratio),
         "kld_mean": float(found.divergence.mean()),
         "kld_mean_error": error(found.divergence),
         "kld_median": float(np.median(found.divergence)),
         "kld_p99": float(np.quantile(found.divergence, 0.99)),
+        "kld_p99_9": float(np.quantile(found.divergence, 0.999)),
         "kld_max": float(found.divergence.max()),
+        "delta_p_mean": float(change.mean()),
+        "delta_p_mean_error": error(change),
+        "delta_p_rms": rms,
+        # That of the mean of squares, through the root.
+        "delta_p_rms_error": error(np.square(change)) / (2 * rms) if rms > 0 else 0.0,
         "top1_agreement": float(found.agreement.mean()),
         "top1_agreement_error": error(found.agreement.astype(np.float64)),
         "tokens": int(found.divergence.size),
@@ -234,23 +295,40 @@ def compare(
     Raises:
         UsageError: they have other vocabularies.
     """
-    if reference.vocabulary != tested.vocabulary:
-        raise UsageError(
-            f"the models have {tested.vocabulary} and {reference.vocabulary} tokens: "
-            "they cannot be compared"
-        )
+    return compare_all(reference, [tested], texts, progress)[0]
+
+
+def compare_all(
+    reference: LogitSource,
+    tested: Sequence[LogitSource],
+    texts: Iterable[Sequence[int]],
+    progress: Progress | None = None,
+) -> list[dict[str, float]]:
+    """Compare models with one reference, which runs once for all of them.
+
+    Raises:
+        UsageError: they have other vocabularies.
+    """
+    for source in tested:
+        if reference.vocabulary != source.vocabulary:
+            raise UsageError(
+                f"the models have {source.vocabulary} and {reference.vocabulary} tokens: "
+                "they cannot be compared"
+            )
     texts = list(texts)
-    parts: list[Comparison] = []
+    parts: list[list[Comparison]] = [[] for _ in tested]
     with (progress or Progress()).stage("evaluate", sum(map(len, texts))) as advance:
         for window in texts:
             end = 0
-            both = zip(reference.logits(window), tested.logits(window), strict=True)
-            for expected, found in both:
+            together = zip(*(s.logits(window) for s in (reference, *tested)), strict=True)
+            for expected, *found in together:
                 begin, end = end, end + len(expected)
                 if following := window[begin + 1 : end + 1]:
-                    parts.append(compare_logits(expected, found, following))
+                    compared = compare_logits(expected, found, following)
+                    for before, more in zip(parts, compared, strict=True):
+                        before.append(more)
                 advance(len(expected))
-    return figures(_join(parts))
+    return [figures(_join(part)) for part in parts]
 
 
 def evaluate(

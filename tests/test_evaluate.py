@@ -28,6 +28,11 @@ class FixedSource:
         for chunk in evaluate.chunks(tokens, self.vocabulary):
             yield np.tile(self._row, (len(chunk), 1))
 
+    def continuations(
+        self, prompt: Sequence[int], choices: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        return [np.tile(self._row, (len(choice), 1)) for choice in choices]
+
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +56,7 @@ def test_log_softmax_is_exact_where_floats_overflow() -> None:
 
 def test_divergence_and_surprise_by_hand() -> None:
     p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
-    found = evaluate.compare_logits(np.log(p), np.log(q), [1])
+    (found,) = evaluate.compare_logits(np.log(p), [np.log(q)], [1])
     assert found.divergence[0] == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2))
     assert found.surprise[0] == pytest.approx(math.log(2))
     assert found.reference_surprise[0] == pytest.approx(math.log(4))
@@ -60,7 +65,7 @@ def test_divergence_and_surprise_by_hand() -> None:
 
 def test_equal_models_do_not_diverge() -> None:
     logits = np.random.default_rng(0).normal(0, 9, (50, 100)).astype(np.float32)
-    found = evaluate.compare_logits(logits, logits + 3, [1] * 50)
+    (found,) = evaluate.compare_logits(logits, [logits + 3], [1] * 50)
     assert found.divergence.max() < 1e-9
     assert found.agreement.all()
 
@@ -80,6 +85,9 @@ def test_figures_by_hand() -> None:
     assert found["kld_max"] == 1
     assert found["kld_mean_error"] == pytest.approx(divergence.std(ddof=1) / math.sqrt(101))
     assert found["top1_agreement"] == pytest.approx(75 / 101)
+    assert found["perplexity_ratio"] == pytest.approx(2)
+    assert found["delta_p_mean"] == pytest.approx(1 / 8 - 1 / 4)
+    assert found["delta_p_rms"] == pytest.approx(1 / 8)
     assert found["tokens"] == 101
 
 
@@ -94,6 +102,24 @@ def test_compare_counts_each_position_with_a_next_token() -> None:
     zeros = (63 + 64) / found["tokens"]
     surprise = zeros * math.log(1 / 0.75) + (1 - zeros) * math.log(4)
     assert found["perplexity"] == pytest.approx(math.exp(surprise), rel=1e-6)
+
+
+def test_several_models_are_compared_as_each_alone() -> None:
+    sources = [FixedSource([0.75, 0.25]), FixedSource([0.5, 0.5]), FixedSource([0.1, 0.9])]
+    texts = [[0] * 70, [1, 0] * 30]
+    together = evaluate.compare_all(sources[1], sources, texts)
+    assert together == [evaluate.compare(sources[1], source, texts) for source in sources]
+
+
+def test_continuations_are_what_the_whole_text_gives(compiled: Path, models: Path) -> None:
+    prompt, choices = [1, 5, 9, 3], [[4], [7, 8, 2], [6, 6]]
+    for path in (models / "toy.onnx", compiled / "toy.mxc"):
+        source = evaluate.open_source(path)
+        found = source.continuations(prompt, choices)
+        for choice, logits in zip(choices, found, strict=True):
+            whole = np.concatenate(list(source.logits([*prompt, *choice])))
+            expected = whole[len(prompt) - 1 : -1]
+            np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
 def test_other_vocabularies_cannot_be_compared() -> None:
