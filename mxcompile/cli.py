@@ -483,8 +483,18 @@ def _rates(prompt: int, times: list[float]) -> dict[str, float]:
 
 def _add_eval(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", type=Path, metavar="OUT.mxc|MODEL.onnx")
-    verb.add_argument("--reference", type=Path, required=True, metavar="MODEL.onnx")
-    verb.add_argument("--text", type=Path, required=True, metavar="FILE")
+    verb.add_argument(
+        "--reference", type=Path, metavar="MODEL.onnx", help="the float model, for --text"
+    )
+    what = verb.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", type=Path, metavar="FILE", help="compare distributions on a text")
+    what.add_argument(
+        "--task",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="answer questions: lines of question, choices and answer",
+    )
+    verb.add_argument("--items", type=_positive, help="questions of the task (default: all)")
     verb.add_argument(
         "--tokens", type=_positive, default=4096, help="positions to compare (default: %(default)s)"
     )
@@ -495,8 +505,12 @@ def _add_eval(verb: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    if args.task is not None:
+        return _answer(args)
     from mxcompile.evaluate import evaluate
 
+    if args.reference is None:
+        raise UsageError("--text needs --reference, the float model to compare with")
     found = evaluate(
         args.model,
         args.reference,
@@ -506,12 +520,57 @@ def _evaluate(args: argparse.Namespace) -> None:
         threads=args.threads,
         progress=_progress(args),
     )
+    return _show(args, found, _quality_block(found))
+
+
+def _answer(args: argparse.Namespace) -> None:
+    from mxcompile import zeroshot
+    from mxcompile.evaluate import open_source
+    from mxcompile.text import TextModel
+
+    items = zeroshot.load(args.task, args.items)
+    source = open_source(args.model, args.threads)
+    model = TextModel.beside(args.model if args.model.is_dir() else args.model.parent)
+    found = zeroshot.score(source, model, items, _progress(args)).figures()
     rows = [
-        (name, f"{value:.6g}", f"{found[f'{name}_error']:.2g}" if f"{name}_error" in found else "")
-        for name, value in found.items()
-        if not name.endswith("_error")
+        (name, f"{found[name]:.4f}", f"{found[f'{name}_error']:.4f}")
+        for name in ("accuracy", "accuracy_normalized")
     ]
-    _show(args, found, _table(("figure", "value", "+-"), rows))
+    _show(args, found, _table((f"{len(items)} items", "value", "+-"), rows))
+
+
+_QUALITY: Final = {
+    "Perplexity statistics": {
+        "Mean PPL(Q)": "perplexity",
+        "Mean PPL(base)": "reference_perplexity",
+        "Mean PPL(Q)/PPL(base)": "perplexity_ratio",
+    },
+    "KL divergence statistics": {
+        "Mean    KLD": "kld_mean",
+        "Maximum KLD": "kld_max",
+        "99.9%   KLD": "kld_p99_9",
+        "99.0%   KLD": "kld_p99",
+        "Median  KLD": "kld_median",
+    },
+    "Token probability statistics": {
+        "Mean    dp (%)": "delta_p_mean",
+        "RMS     dp (%)": "delta_p_rms",
+        "Same top p (%)": "top1_agreement",
+    },
+}
+"""The block of llama-perplexity --kl-divergence: its titles, lines, and our figures."""
+
+
+def _quality_block(found: dict[str, float]) -> str:
+    lines = []
+    for title, rows in _QUALITY.items():
+        lines.append(f"====== {title} ======")
+        for text, key in rows.items():
+            scale = 100 if "%)" in text else 1
+            error = found.get(f"{key}_error")
+            value = f"{text:<22}: {scale * found[key]:10.6f}"
+            lines.append(value + ("" if error is None else f" +- {scale * error:10.6f}"))
+    return "\n".join([*lines, f"over {found['tokens']} tokens"])
 
 
 def _add_bench(verb: argparse.ArgumentParser) -> None:
