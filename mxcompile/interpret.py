@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Any, Final, TypeAlias
 
 import ml_dtypes
@@ -83,7 +84,7 @@ class _Step:
 
 
 class Interpreter:
-    """Runs a model; weights stay mapped to the model's files.
+    """Runs a model, on several threads if need be; weights stay mapped to the model's files.
 
     Raises:
         UnsupportedError: an operator or attribute that has no torch function here.
@@ -93,6 +94,7 @@ class Interpreter:
         self._graph = model.graph
         self._steps = _compile(model.graph, model.functions, {})
         self._constants: Values = {}
+        self._loading = Lock()
 
     def run(
         self,
@@ -199,6 +201,11 @@ class Interpreter:
         return {t: v for t, v in found.items() if v is not None}
 
     def _constant(self, key: str) -> Tensor:
+        # Threads may run one model, and onnx-ir maps a file's tensor once and not twice.
+        with self._loading:
+            return self._loaded(key)
+
+    def _loaded(self, key: str) -> Tensor:
         if key not in self._constants:
             constant = (
                 self._graph.initializers[key].const_value

@@ -1,6 +1,8 @@
 """Every operator against onnxruntime; overrides, taps and reruns of whole models."""
 
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -472,3 +474,27 @@ def test_a_query_that_may_look_nowhere_gets_zeros() -> None:
     feeds = example(model)
     feeds["m"][0, 0, 1] = False
     assert not interpreted(model, feeds)[0][0, :, 1].any()
+
+
+def test_threads_may_share_an_interpreter(tmp_path: Path) -> None:
+    """External data is mapped once, however many threads ask for it at a time."""
+    count, size = 40, 1 << 12
+    body = "\n".join(f"x{i + 1} = Add(x{i}, w{i})" for i in range(count))
+    text = HEAD + f"g (float[{size}] x0) => (float[{size}] x{count})"
+    model = onnx.parser.parse_model(text + " {" + body + "}")
+    for i in range(count):
+        tensor = onnx.numpy_helper.from_array(np.full(size, i, np.float32), f"w{i}")
+        model.graph.initializer.append(tensor)
+    onnx.save(
+        model, tmp_path / "m.onnx", save_as_external_data=True, location="w", size_threshold=0
+    )
+    for _ in range(5):
+        interpreter = Interpreter(ir.load(tmp_path / "m.onnx"))
+        ready = threading.Barrier(8)
+
+        def run(_: int, interpreter: Interpreter = interpreter) -> float:
+            ready.wait()
+            return float(interpreter.run({"x0": torch.zeros(size)})[f"x{count}"][0])
+
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(run, range(8))) == {sum(range(count))}
