@@ -492,7 +492,9 @@ def test_threads_may_share_an_interpreter(tmp_path: Path) -> None:
         interpreter = Interpreter(ir.load(tmp_path / "m.onnx"))
         ready = threading.Barrier(8)
 
-        def run(_: int, interpreter: Interpreter = interpreter) -> float:
+        def run(
+            _: int, interpreter: Interpreter = interpreter, ready: threading.Barrier = ready
+        ) -> float:
             ready.wait()
             return float(interpreter.run({"x0": torch.zeros(size)})[f"x{count}"][0])
 
