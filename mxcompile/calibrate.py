@@ -10,8 +10,6 @@ a quadratic expansion does not and no difference between a layer's rows. Both en
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +23,7 @@ import torch
 
 from mxcompile import observe, statistics
 from mxcompile.errors import UsageError
+from mxcompile.files import whole
 from mxcompile.float_model import Feed, FloatModel
 from mxcompile.graph import Use
 from mxcompile.observe import Observer
@@ -114,10 +113,8 @@ class Draft:
         if time.monotonic() - self._kept < KEEP_SECONDS:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".draft-") as scratch:
-            part = Path(scratch) / self.path.name
-            safetensors.torch.save_file(observer.sums, part, {"seen": str(observer.seen)})
-            os.replace(part, self.path)
+        with whole(self.path) as draft:
+            safetensors.torch.save_file(observer.sums, draft, {"seen": str(observer.seen)})
         self._kept = time.monotonic()
 
     def drop(self) -> None:

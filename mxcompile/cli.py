@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from mxcompile import progress
 from mxcompile.errors import MxError, UsageError
+from mxcompile.files import whole
 
 if TYPE_CHECKING:  # what a verb needs is imported when it runs: --help must be quick
     from mxcompile.compiler import Job
@@ -324,7 +325,8 @@ def _plan(args: argparse.Namespace) -> None:
         )
     plan = plan_model(job, shown)
     if args.output:
-        _write_whole(args.output, lambda file: file.write(json.dumps(plan.to_json()).encode()))
+        with whole(args.output) as draft:
+            draft.write_text(json.dumps(plan.to_json()))
     facts = describe_plan(plan)
     return _show(args, {"kind": "plan", **facts}, _describe_plan(facts))
 
@@ -420,21 +422,12 @@ def _run_arrays(args: argparse.Namespace, program: "Program") -> None:
     start = time.perf_counter()
     found = program.run(feeds)
     spent = time.perf_counter() - start
-    _write_whole(args.output, lambda file: np.savez(file, **cast(Any, found)))
+    # Given a path, numpy would write to one that ends in .npz.
+    with whole(args.output) as draft, draft.open("xb") as file:
+        np.savez(file, **cast(Any, found))
     shapes = {name: list(array.shape) for name, array in found.items()}
     text = ", ".join(f"{name}{shape}" for name, shape in shapes.items())
     _show(args, {"outputs": shapes, "seconds": spent}, f"{args.output}: {text} in {spent:.3f} s")
-
-
-def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file that is there whole or not at all."""
-    draft = path.absolute().with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("xb") as file:
-            write(file)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _generate(args: argparse.Namespace, program: "Program") -> None:

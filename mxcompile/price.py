@@ -1,8 +1,6 @@
 """What every row tile costs in every format: bytes, and damage to the model's output."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ import safetensors.numpy
 import torch
 
 from mxcompile.errors import PlanError, UsageError
+from mxcompile.files import whole
 from mxcompile.formats import FORMATS, Format
 from mxcompile.plan import ROW_TILE, PrecisionPlan, Rule, Unit, tile_bytes
 from mxcompile.progress import Progress
@@ -161,10 +160,8 @@ def save(costs: Costs, path: Path) -> None:
     tensors = {u.name: np.ascontiguousarray(costs.damage[u.name]) for u in costs.units}
     text = {"units": json.dumps(about), "formats": json.dumps([f.name for f in costs.formats])}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".costs-") as scratch:
-        part = Path(scratch) / path.name
-        safetensors.numpy.save_file(tensors, part, text)
-        os.replace(part, path)
+    with whole(path) as draft:
+        safetensors.numpy.save_file(tensors, draft, text)
 
 
 def load(path: Path) -> Costs:

@@ -11,8 +11,6 @@ are shrunk towards their mean.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mxcompile.errors import UsageError
+from mxcompile.files import whole
 from mxcompile.graph import UseKind
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -118,10 +117,8 @@ def save(statistics: Statistics, path: Path) -> None:
         units.append({"name": unit, "uses": described, "factors": statistics.factors[unit]})
     about = {"samples": statistics.samples, "units": units}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".statistics-") as scratch:
-        part = Path(scratch) / path.name
-        safetensors.torch.save_file(tensors, part, {"mxcompile": json.dumps(about)})
-        os.replace(part, path)
+    with whole(path) as draft:
+        safetensors.torch.save_file(tensors, draft, {"mxcompile": json.dumps(about)})
 
 
 def load(path: Path) -> Statistics:
