@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,7 +77,11 @@ def compile_model(job: Job, progress: Progress) -> Artifact:
     """
     artifacts.check_destination(job.output, force=job.force)
     where = target.find(job.target)
-    planned = _plan(job, where, progress)
+    return _build(job, where, _plan(job, where, progress), progress)
+
+
+def _build(job: Job, where: target.Target, planned: Planned, progress: Progress) -> Artifact:
+    """Quantize, lower, package and verify what was planned."""
     ctx = Context(where, planned.plan, planned.statistics, job.activations, job.kv_dtype)
     with progress.stage("quantize"):
         quantized = _run(job, passes.QUANTIZE, planned.model, ctx)
@@ -109,7 +113,7 @@ def compile_model(job: Job, progress: Progress) -> Artifact:
                     verify.check_size(built, Budgets.parse(job.budgets, manifest.parameters).size)
                 quality = verify.check(built, job.model, planned.samples, planned.predicted)
             if job.verify == "full":
-                verify.check_better(quality, _uniform_quality(job, built, progress))
+                verify.check_better(quality, _uniform_quality(job, where, planned, progress))
             page = report.render(
                 built, quality=quality, predicted=planned.predicted, seconds=progress.seconds
             )
@@ -117,23 +121,18 @@ def compile_model(job: Job, progress: Progress) -> Artifact:
     return artifacts.load(job.output)
 
 
-def _uniform_quality(job: Job, built: Artifact, progress: Progress) -> dict[str, float]:
+def _uniform_quality(
+    job: Job, where: target.Target, planned: Planned, progress: Progress
+) -> Mapping[str, float]:
     """What is measured on the widest uniform plan that is no larger; nothing when none is."""
-    plan = PrecisionPlan.widest_uniform(built.plan().units, built.plan().weight_bytes)
+    plan = PrecisionPlan.widest_uniform(planned.plan.units, planned.plan.weight_bytes)
     if plan is None:
         return {}
     with tempfile.TemporaryDirectory(prefix="mxcompile-") as scratch:
-        path = Path(scratch) / "uniform.json"
-        path.write_text(json.dumps(plan.to_json()))
-        other = replace(
-            job,
-            plan=path,
-            output=Path(scratch) / "uniform.mxc",
-            emit_onnx=None,
-            dump_ir=None,
-            verify="quick",
-        )
-        return dict(compile_model(other, progress).manifest.quality)
+        output = Path(scratch) / "uniform.mxc"
+        other = replace(job, output=output, emit_onnx=None, dump_ir=None, verify="quick")
+        uniform = replace(planned, plan=plan, predicted={})
+        return _build(other, where, uniform, progress).manifest.quality
 
 
 def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
@@ -144,7 +143,9 @@ def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
 def sweep_budgets(job: Job, progress: Progress) -> list[dict[str, float]]:
     """Bytes, bits a weight and predicted damage of the best plans from least to most bytes."""
     model, samples, fixed = _prepare(job, target.find(job.target), progress)
-    costs = _prices(job, model, samples, progress).bind(job.rules)
+    kept = _kept(job, samples)
+    collect = partial(_statistics, job, model, samples, kept, progress)
+    costs = _prices(model, collect, kept, progress).bind(job.rules)
     count = graph.parameters(model)
     return [
         {
@@ -217,13 +218,19 @@ def _fixed_bytes(model: ir.Model) -> int:
     return data + tables + names + sum(2 * (len(u.name) + HEADER_BYTES) for u in units)
 
 
-def _key(job: Job, samples: Samples) -> str:
+def _kept(job: Job, samples: Samples) -> Path | None:
+    """Where what is measured is kept, less the endings: a content hash in the cache, if any."""
+    if job.cache is None:
+        return None
     files = [p for p in (job.model, Path(f"{job.model}.data")) if p.is_file()]
-    return calibrate.cache_key(files, [*samples.feeds, *samples.probes], job.sensitivity)
+    feeds = [*samples.feeds, *samples.probes]
+    return job.cache / calibrate.cache_key(files, feeds, job.sensitivity)
 
 
-def _statistics(job: Job, model: ir.Model, samples: Samples, progress: Progress) -> Statistics:
-    """What the model does on the samples; kept under a content hash where a cache is given."""
+def _statistics(
+    job: Job, model: ir.Model, samples: Samples, kept: Path | None, progress: Progress
+) -> Statistics:
+    """What the model does on the samples."""
 
     def collect(draft: calibrate.Draft | None = None) -> Statistics:
         return calibrate.collect(
@@ -236,30 +243,26 @@ def _statistics(job: Job, model: ir.Model, samples: Samples, progress: Progress)
             draft=draft,
         )
 
-    if job.cache is None:
-        return collect()
-    return calibrate.cached(job.cache / f"{_key(job, samples)}.safetensors", collect)
+    return collect() if kept is None else calibrate.cached(Path(f"{kept}.safetensors"), collect)
 
 
 def _prices(
-    job: Job,
-    model: ir.Model,
-    samples: Samples,
-    progress: Progress,
-    statistics: Statistics | None = None,
+    model: ir.Model, statistics: Callable[[], Statistics], kept: Path | None, progress: Progress
 ) -> Costs:
     """What every tile costs in every format; kept beside the statistics."""
     units = graph.units(model)
-    path = None
-    if job.cache is not None:
-        path = job.cache / f"{_key(job, samples)}.costs-{price.VERSION}.safetensors"
-        with suppress(UsageError):
-            if (costs := price.load(path)).units == units:
-                return costs
-    statistics = statistics or _statistics(job, model, samples, progress)
-    costs = price.price(partial(graph.weight, model), units, statistics, progress=progress)
-    if path is not None:
-        price.save(costs, path)
+
+    def make() -> Costs:
+        return price.price(partial(graph.weight, model), units, statistics(), progress=progress)
+
+    if kept is None:
+        return make()
+    path = Path(f"{kept}.costs-{price.VERSION}.safetensors")
+    with suppress(UsageError):
+        if (costs := price.load(path)).units == units:
+            return costs
+    costs = make()
+    price.save(costs, path)
     return costs
 
 
@@ -267,10 +270,12 @@ def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
     Budgets.parse(job.budgets, 1)  # a budget that cannot be read is refused before the work
     model, samples, fixed = _prepare(job, where, progress)
     plan = _read_plan(job.plan, model) if job.plan is not None else None
-    statistics = _statistics(job, model, samples, progress)
+    kept = _kept(job, samples)
+    statistics = _statistics(job, model, samples, kept, progress)
     if plan is not None:
         return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
-    found = _solve(job, model, _prices(job, model, samples, progress, statistics), fixed, progress)
+    costs = _prices(model, lambda: statistics, kept, progress)
+    found = _solve(job, model, costs, fixed, progress)
     return Planned(model, samples, found.plan, statistics, _predictions(found, model))
 
 

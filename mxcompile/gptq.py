@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mxcompile.formats import GROUP, Format
 from mxcompile.plan import TileFormats
-from mxcompile.quantize import Quantized, quantize, quantize_tiles, rows_by_format
+from mxcompile.quantize import Quantized, quantize_tiles, rows_by_format
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -83,13 +83,12 @@ class Quantizer:
             return cls(moment)
         return cls(np.diagonal(moment).copy(), Feedback.of(moment))
 
-    def rows(self, weight: Array, fmt: Format, *, name: str = "the weight") -> Quantized:
-        """Quantize the rows of a weight [rows, columns] to one format; see ``quantize``."""
-        quantized = quantize(weight, fmt, self.importance, name=name)
-        return quantized if self.feedback is None else refine(weight, quantized, fmt, self.feedback)
-
     def tiles(self, weight: Array, formats: TileFormats, *, name: str = "the weight") -> Quantized:
-        """Quantize a weight whose row tiles have formats of their own."""
+        """Quantize a weight [rows, columns] whose row tiles have formats of their own.
+
+        Raises:
+            UsageError: a weight is NaN, infinite or too large for its format.
+        """
         quantized = quantize_tiles(weight, formats, self.importance, name=name)
         if self.feedback is not None:
             for fmt, rows in rows_by_format(formats, len(weight)):

@@ -16,6 +16,7 @@ from lm_eval.api.registry import register_model
 
 from mxcompile.evaluate import log_softmax, open_source
 from mxcompile.text import TextModel
+from mxcompile.zeroshot import context_length
 
 
 @register_model("mxcompile")
@@ -41,10 +42,9 @@ class MxcompileLM(LM):  # type: ignore[misc] # lm_eval need not be there
         return [self._generate(*request.args) for request in requests]
 
     def _score(self, context: str, continuation: str) -> tuple[float, bool]:
-        marks = len(self._model.encode(""))
         prompt, whole = self._model.encode(context), self._model.encode(context + continuation)
-        # A tokenizer may join the end of the context with what follows.
-        begin = max(min(len(prompt), len(whole) - 1), marks, 1)
+        # Where no marks begin a text, its first token has nothing to be predicted from.
+        begin = max(context_length(prompt, [whole]), 1)
         rest = whole[begin:]
         (logits,) = self._source.continuations(whole[:begin], [rest])
         log_p = log_softmax(logits)

@@ -14,7 +14,7 @@ import torch
 from mxcompile.errors import PlanError, UsageError
 from mxcompile.files import whole
 from mxcompile.formats import FORMATS, Format
-from mxcompile.plan import ROW_TILE, PrecisionPlan, Rule, Unit, tile_bytes
+from mxcompile.plan import ROW_TILE, Rule, Unit, tile_bytes
 from mxcompile.progress import Progress
 from mxcompile.quantize import dequantize, quantize
 from mxcompile.statistics import Statistics
@@ -51,15 +51,6 @@ class Costs:
     def bytes(self, unit: Unit) -> Array:
         """The bytes of one tile of a unit in each format, int64 [formats]."""
         return np.array([tile_bytes(unit.columns, fmt) for fmt in self.choices(unit)], np.int64)
-
-    def total(self, plan: PrecisionPlan) -> float:
-        """The summed damage of a plan over formats that are priced."""
-        index = {fmt: i for i, fmt in enumerate(self.formats)}
-        return sum(
-            float(self.damage[unit.name][np.arange(unit.tiles), chosen].sum())
-            for unit in self.units
-            for chosen in [[index[fmt] for fmt in plan.tiles[unit.name].formats]]
-        )
 
     def bind(self, rules: Sequence[Rule]) -> Self:
         """Leave the units that rules name what these allow; a format outside stands for another.
@@ -127,11 +118,9 @@ def price(
             for start in range(0, unit.rows, step):
                 block = weight[start : start + step]
                 tiles = slice(start // ROW_TILE, (start + step) // ROW_TILE)
-
-                def harm(delta: torch.Tensor, unit: Unit = unit, start: int = start) -> Array:
-                    return statistics.damage(unit.name, delta, start).numpy()
-
-                damage[unit.name][tiles] = _block(unit.name, block, importance, harm, formats)
+                damage[unit.name][tiles] = _block(
+                    unit.name, block, start, importance, statistics, formats
+                )
                 advance(block.size)
     return Costs(tuple(units), tuple(formats), damage)
 
@@ -139,8 +128,9 @@ def price(
 def _block(
     unit: str,
     block: Array,
+    start: int,
     importance: Array,
-    harm: Callable[[torch.Tensor], Array],
+    statistics: Statistics,
     formats: Sequence[Format],
 ) -> Array:
     """The damage of some tiles of a unit, float64 [tiles, formats]."""
@@ -149,7 +139,7 @@ def _block(
         for index, fmt in enumerate(formats):
             quantized = quantize(block, fmt, importance, name=unit)
             delta = torch.from_numpy(dequantize(quantized, fmt) - block)
-            by_row[: len(block), index] = harm(delta)
+            by_row[: len(block), index] = statistics.damage(unit, delta, start).numpy()
     tiles: Array = by_row.reshape(-1, ROW_TILE, len(formats)).sum(1)
     return tiles
 

@@ -149,14 +149,17 @@ def _both(problem: "_Problem", size: int, reads: int) -> "_Found":
 
     What keeps both limits keeps the sum, so every surrogate's bound holds; the best is kept.
     """
+    narrowest = np.zeros(problem.tiles, np.int8)
+    surrogates = []
+    for share in range(1, SURROGATES):
+        mixed = share * problem.bytes + (SURROGATES - share) * problem.read_bytes
+        limit = share * size + (SURROGATES - share) * reads
+        surrogates.append((share, limit, replace(problem, bytes=mixed)))
     bound, best = -math.inf, None
     for slack in range(SLACKS):
         room = 1 - slack / SLACK_STEPS
-        for share in range(1, SURROGATES):
-            mixed = share * problem.bytes + (SURROGATES - share) * problem.read_bytes
-            limit = share * size + (SURROGATES - share) * reads
-            surrogate = replace(problem, bytes=mixed)
-            if surrogate.size(np.zeros(problem.tiles, np.int8)) > int(limit * room):
+        for share, limit, surrogate in surrogates:
+            if surrogate.size(narrowest) > int(limit * room):
                 continue
             found = _knapsack(surrogate, int(limit * room), 0)
             if slack == 0:
@@ -166,7 +169,6 @@ def _both(problem: "_Problem", size: int, reads: int) -> "_Found":
                 best = replace(found, price=found.price * share)
         if best is not None:
             return replace(best, bound=bound)
-    narrowest = np.zeros(problem.tiles, np.int8)
     return _Found(narrowest, bound, 0.0, "lagrange")
 
 

@@ -115,16 +115,22 @@ def _likelihoods(source: LogitSource, model: TextModel, item: Item) -> list[floa
     """The log-likelihood of each choice after the question, in nats."""
     prompt = model.encode(item.question)
     whole = [model.encode(item.question + choice) for choice in item.choices]
-    # A tokenizer may join the end of the question with the beginning of a choice: what all texts
-    # share is the prompt, what comes after is scored.
-    shared = min(_shared(prompt, tokens) for tokens in whole)
-    shared = min(shared, min(map(len, whole)) - 1)
+    shared = context_length(prompt, whole)
     rest = [tokens[shared:] for tokens in whole]
     found = []
     for tokens, logits in zip(rest, source.continuations(whole[0][:shared], rest), strict=True):
         log_p = log_softmax(logits)
         found.append(float(log_p[np.arange(len(tokens)), tokens].sum()))
     return found
+
+
+def context_length(prompt: Sequence[int], texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens of texts that begin with a prompt are its own; each has more.
+
+    A tokenizer may join the end of the prompt with what follows: what all have in common is the
+    context, what comes after is scored.
+    """
+    return min(*(_shared(prompt, text) for text in texts), *(len(text) - 1 for text in texts))
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -160,7 +160,8 @@ def test_dumps_show_the_model_after_each_pass(
 def planned(tinylm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("planned")
     return compile_model(
-        Job(tinylm, "x86", ("4.2bit",), folder / "out.mxc", cache=tinylm.parent), Progress()
+        Job(tinylm, "x86", ("4.2bit",), folder / "out.mxc", cache=tinylm.parent, verify="full"),
+        Progress(),
     )
 
 

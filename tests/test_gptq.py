@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from mxcompile import gptq
-from mxcompile.formats import FORMATS, GROUP
+from mxcompile.formats import FORMATS, GROUP, Format
 from mxcompile.gptq import Feedback, Quantizer, refine
-from mxcompile.plan import TileFormats
-from mxcompile.quantize import dequantize, dequantize_tiles, quantize
+from mxcompile.plan import ROW_TILE, TileFormats
+from mxcompile.quantize import Quantized, dequantize, dequantize_tiles, quantize
 
 COLUMNS = 3 * GROUP
 
@@ -32,6 +32,11 @@ def trusted(moment: np.ndarray) -> np.ndarray:
         len(moment)
     )
     return result
+
+
+def rows(quantizer: Quantizer, weight: np.ndarray, fmt: Format) -> Quantized:
+    """A weight in one format."""
+    return quantizer.tiles(weight, TileFormats((fmt,) * -(-len(weight) // ROW_TILE)))
 
 
 def harm(delta: np.ndarray, moment: np.ndarray) -> float:
@@ -67,7 +72,7 @@ def test_against_the_definition(name: str) -> None:
 def test_feedback_lowers_the_harm(name: str) -> None:
     fmt, weight, moment = FORMATS[name], weights(2), correlated(3)
     plain = quantize(weight, fmt, np.diagonal(moment))
-    better = Quantizer.of(moment).rows(weight, fmt)
+    better = rows(Quantizer.of(moment), weight, fmt)
     H = trusted(moment)
     assert harm(dequantize(better, fmt) - weight, H) < harm(dequantize(plain, fmt) - weight, H)
     for field in ("scales", "zeros", "row_scale"):
@@ -78,16 +83,16 @@ def test_independent_inputs_leave_nothing_to_hand_on() -> None:
     fmt, weight = FORMATS["int3"], weights(4)
     moment = np.diag(np.arange(1, COLUMNS + 1)).astype(np.float32)
     plain = quantize(weight, fmt, np.diagonal(moment))
-    np.testing.assert_array_equal(Quantizer.of(moment).rows(weight, fmt).codes, plain.codes)
+    np.testing.assert_array_equal(rows(Quantizer.of(moment), weight, fmt).codes, plain.codes)
     assert Quantizer.of(np.diagonal(moment).copy()).feedback is None
 
 
 def test_rows_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     fmt, weight, moment = FORMATS["int4"], weights(5), correlated(6)
-    whole = Quantizer.of(moment).rows(weight, fmt)
+    whole = rows(Quantizer.of(moment), weight, fmt)
     monkeypatch.setattr(gptq, "ROWS", 7)
-    np.testing.assert_array_equal(Quantizer.of(moment).rows(weight, fmt).codes, whole.codes)
-    single = Quantizer.of(moment).rows(weight[3:4], fmt)
+    np.testing.assert_array_equal(rows(Quantizer.of(moment), weight, fmt).codes, whole.codes)
+    single = rows(Quantizer.of(moment), weight[3:4], fmt)
     np.testing.assert_array_equal(single.codes[0], whole.codes[3])
 
 
@@ -98,14 +103,14 @@ def test_tiles_of_several_formats_and_a_padded_group() -> None:
     quantizer = Quantizer.of(moment)
     mixed = dequantize_tiles(quantizer.tiles(weight, formats), formats)
     for tile, fmt in enumerate(formats.formats):
-        rows = slice(16 * tile, 16 * tile + 16)
-        alone = dequantize(quantizer.rows(weight[rows], fmt), fmt)
-        np.testing.assert_array_equal(mixed[rows], alone)
+        part = slice(16 * tile, 16 * tile + 16)
+        alone = dequantize(rows(quantizer, weight[part], fmt), fmt)
+        np.testing.assert_array_equal(mixed[part], alone)
 
 
 def test_inputs_that_never_vary_are_no_trouble() -> None:
     moment = correlated(9)
     moment[:, 7] = moment[7] = 0
     for H in (moment, np.zeros_like(moment)):
-        codes = Quantizer.of(H).rows(weights(10), FORMATS["int4"]).codes
+        codes = rows(Quantizer.of(H), weights(10), FORMATS["int4"]).codes
         assert codes.max() <= 15
