@@ -673,11 +673,10 @@ def _targets() -> list[dict[str, Any]]:
 
 
 def _formats() -> list[dict[str, Any]]:
-    from mxcompile.formats import FORMATS, GROUP
+    from mxcompile.formats import FORMATS
 
     return [
-        {"name": f.name, "bits": f.bits, "description": f"{f.bits} bits a code, groups of {GROUP}"}
-        for f in FORMATS.values()
+        {"name": f.name, "bits": f.bits, "description": f.description} for f in FORMATS.values()
     ]
 
 
