@@ -15,7 +15,7 @@ import onnx_ir as ir
 import tvm
 from tvm import relax, s_tir
 
-from mxcompile import graph, qdq
+from mxcompile import graph, linker, qdq
 from mxcompile.artifact import TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
 from mxcompile.passes.kv_cache import NO_WINDOW
@@ -140,7 +140,7 @@ class _Builder:
 
 
 def _simd(target: Target) -> cpu_norm.Simd:
-    return cpu_norm.Simd(lanes=16 if target.instructions == "avx512vnni" else 8)
+    return cpu_norm.Simd(lanes=target.vector_bits // 32)
 
 
 def _rooted(function: Any) -> Any:
@@ -638,11 +638,19 @@ def phases(target: Target) -> dict[str, list[Any]]:
 
 
 def build(lowered: Lowered, target: Target, library: Path) -> None:
-    """Compile a lowered module to a shared library."""
+    """Compile a lowered module to a shared library.
+
+    Raises:
+        UsageError: it cannot be linked for the target here.
+    """
+
+    def link(output: str, objects: Sequence[str], **_options: Any) -> None:
+        linker.link(target.triple, output, objects)
+
     tvm_target = tvm.target.Target(dict(target.tvm))
     passes = [step for phase in phases(target).values() for step in phase]
     with tvm_target:
         program = tvm.compile(
             lowered.module, target=tvm_target, relax_pipeline=tvm.transform.Sequential(passes)
         )
-    program.export_library(str(library))
+    program.export_library(str(library), fcompile=link)
