@@ -679,7 +679,11 @@ def _targets() -> list[dict[str, Any]]:
 
 def _about(found: "Target") -> str:
     """What to know of a target before it is chosen."""
-    needs = f"a board of {found.parent}" if found.parent else f"needs {' '.join(sorted(found.requires))}"
+    needs = (
+        f"a board of {found.parent}"
+        if found.parent
+        else f"needs {' '.join(sorted(found.requires))}"
+    )
     kind = [f"what {found.family} means elsewhere"] if found.default else []
     return "; ".join([needs, *kind, *(["runs here"] if found.runs_here else [])])
 

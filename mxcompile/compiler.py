@@ -13,7 +13,18 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from mxcompile import artifact as artifacts
-from mxcompile import calibrate, graph, linker, lower, passes, price, report, runtime, target, verify
+from mxcompile import (
+    calibrate,
+    graph,
+    linker,
+    lower,
+    passes,
+    price,
+    report,
+    runtime,
+    target,
+    verify,
+)
 from mxcompile.artifact import Artifact
 from mxcompile.budget import Budgets
 from mxcompile.errors import PlanError, UsageError

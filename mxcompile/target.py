@@ -121,9 +121,7 @@ def shipped() -> tuple[Target, ...]:
     """All shipped targets by family, the most capable first, boards after their kinds."""
     texts = _shipped_texts()
     found = [Target.parse(name, text, texts) for name, text in texts.items()]
-    return tuple(
-        sorted(found, key=lambda t: (t.family, bool(t.parent), -len(t.requires), t.name))
-    )
+    return tuple(sorted(found, key=lambda t: (t.family, bool(t.parent), -len(t.requires), t.name)))
 
 
 def host_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:

@@ -44,9 +44,7 @@ from mxcompile.targets.cpu_norm import (
 )
 from mxcompile.targets.packing import BLOCK, QUADS, SIDE, VECTOR
 
-Instructions = Literal[
-    "avx512vnni", "avxvnni", "avx2", "i8mm", "dotprod", "neon", "generic"
-]
+Instructions = Literal["avx512vnni", "avxvnni", "avx2", "i8mm", "dotprod", "neon", "generic"]
 
 RECORD: Final = GROUP + 8
 """Bytes of a quantized group of an activation row: codes, scale, sum."""
@@ -317,6 +315,7 @@ def _reduce(operation: str, vector: Expr) -> Expr:
 _Block = Callable[["_Tile", Expr, Expr, int], None]
 """Emits a tile's product with some activation rows: tile, its index, first row, rows."""
 
+
 class _Word(Protocol):
     """Reads words from a byte of an activation row's record on, as int32."""
 
@@ -439,7 +438,9 @@ def _dots_i8mm(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list
             left, right = (_parts(hold(group.quad(half + i + j)), 4) for j in (0, 1))
             # A register of each has 4 rows of 4 codes; these have 2 rows of 8.
             codes = [
-                T.reinterpret("int8x16", hold(T.Shuffle([a, b], [first, first + 4, first + 1, first + 5])))
+                T.reinterpret(
+                    "int8x16", hold(T.Shuffle([a, b], [first, first + 4, first + 1, first + 5]))
+                )
                 for a, b in zip(left, right, strict=True)
                 for first in (0, 2)
             ]

@@ -2,10 +2,10 @@
 //
 //   tensor NAME DTYPE DIM,DIM,... BYTES   the bytes follow the line
 //   array NAME TENSOR ...                 a list of tensors
-//   kernels PATH                          load a library of functions
-//   program PATH                          load a library with a Relax program
-//   call OUT FUNCTION ARGUMENT ...        OUT names what it returns; "-" drops it
-//   get NAME                              answers "ok BYTES" and the bytes
+//   kernels NAME PATH                     load a library of functions
+//   program NAME PATH                     load a library with a Relax program
+//   call OUT NAME FUNCTION ARGUMENT ...   OUT names what it returns
+//   get NAME                              answers "ok DTYPE DIM,DIM,... BYTES" and the bytes
 //
 // Every command answers a line: "ok", or "error" and why.
 #include <dlpack/dlpack.h>
@@ -53,23 +53,22 @@ class Driver {
       for (const auto& item : rest) items.push_back(values_.at(item).cast<ffi::Tensor>());
       values_[name] = items;
     } else if (command == "kernels") {
-      module_ = ffi::Module::LoadFromFile(name);
+      values_[name] = ffi::Module::LoadFromFile(rest.at(0));
     } else if (command == "program") {
-      ffi::Module library = ffi::Module::LoadFromFile(name);
-      module_ = library->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
-      module_.value()->GetFunction("vm_initialization").value()(kCpu, 0, kPooled);
+      ffi::Module library = ffi::Module::LoadFromFile(rest.at(0));
+      ffi::Module machine = library->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
+      machine->GetFunction("vm_initialization").value()(kCpu, 0, kPooled);
+      values_[name] = machine;
     } else if (command == "call") {
+      ffi::Function function =
+          values_.at(rest.at(0)).cast<ffi::Module>()->GetFunction(rest.at(1)).value();
       std::vector<ffi::AnyView> arguments;
-      for (size_t i = 1; i < rest.size(); ++i) arguments.push_back(values_.at(rest[i]));
+      for (size_t i = 2; i < rest.size(); ++i) arguments.push_back(values_.at(rest[i]));
       ffi::Any result;
-      ffi::Function function = module_.value()->GetFunction(rest.at(0)).value();
       function.CallPacked(arguments.data(), static_cast<int>(arguments.size()), &result);
-      if (name != "-") values_[name] = result;
+      values_[name] = result;
     } else if (command == "get") {
-      ffi::Tensor tensor = values_.at(name).cast<ffi::Tensor>();
-      size_t size = ffi::GetDataSize(*tensor.GetDLTensorPtr());
-      std::cout << "ok " << size << "\n";
-      std::cout.write(static_cast<const char*>(tensor.data_ptr()), size);
+      Write(values_.at(name).cast<ffi::Tensor>());
       return;
     } else {
       throw std::runtime_error("no command " + command);
@@ -89,8 +88,15 @@ class Driver {
     return tensor;
   }
 
+  static void Write(const ffi::Tensor& tensor) {
+    size_t size = ffi::GetDataSize(tensor);
+    std::cout << "ok " << ffi::DLDataTypeToString(tensor.dtype()) << " ";
+    for (int64_t dim : tensor.shape()) std::cout << dim << ",";
+    std::cout << " " << size << "\n";
+    std::cout.write(static_cast<const char*>(tensor.data_ptr()), size);
+  }
+
   std::map<std::string, ffi::Any> values_;
-  ffi::Optional<ffi::Module> module_;
 };
 
 }  // namespace

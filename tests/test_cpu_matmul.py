@@ -19,26 +19,25 @@ from mxcompile.formats import FORMATS, GROUP, groups
 from mxcompile.plan import ROW_TILE, TileFormats
 from mxcompile.targets import packing
 from mxcompile.targets.cpu_matmul import RECORD, Instructions, MatmulKernel, activation_bytes
+from tests import arm
 
 UNIT = 2.0**-24
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-REQUIRES = {"avx512vnni": "avx512_vnni", "avx2": "avx2", "generic": None}
-CPUS = {"avx512vnni": "cascadelake", "avx2": "haswell", "generic": None}
+REQUIRES = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "avx2": "avx2", "generic": None}
+CPUS = {"avx512vnni": "cascadelake", "avxvnni": "alderlake", "avx2": "haswell", "generic": None}
 NAMES = ("quantize_activation", "matmul_int8", "matmul_f32", "gather_rows")
 
 
 @dataclass(frozen=True)
 class Library:
-    """The compiled kernels, called with arrays."""
+    """The compiled kernels: ``call`` takes a name and arrays, and gives the last one back."""
 
-    module: Any
+    call: Callable[..., Any]
 
     def __call__(self, name: str, *inputs: Any, shape: tuple[int, ...], dtype: str = "f4") -> Any:
         # What a kernel must write is NaN or 85 before.
-        out = tvm.runtime.tensor(np.full(shape, np.nan if dtype == "f4" else 85, dtype))
-        self.module[name](*(tvm.runtime.tensor(np.ascontiguousarray(x)) for x in inputs), out)
-        return out.numpy()
+        return self.call(name, *inputs, np.full(shape, np.nan if dtype == "f4" else 85, dtype))
 
 
 @cache
@@ -46,13 +45,22 @@ def build(instructions: Instructions) -> Library:
     """All kernels for some instructions; cached because it takes seconds."""
     kernel = MatmulKernel(instructions)
     functions = {name: getattr(kernel, name)().with_attr("global_symbol", name) for name in NAMES}
+    if instructions in arm.CPUS:
+        return Library(arm.machine(instructions).kernels(functions))
     options = {"kind": "llvm"} | ({"mcpu": cpu} if (cpu := CPUS[instructions]) else {})
-    return Library(tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target(options)))
+    module = tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target(options))
+
+    def call(name: str, *arrays: Any) -> Any:
+        tensors = [tvm.runtime.tensor(np.ascontiguousarray(x)) for x in arrays]
+        module[name](*tensors)
+        return tensors[-1].numpy()
+
+    return Library(call)
 
 
 @pytest.fixture(params=get_args(Instructions))
 def library(request: pytest.FixtureRequest) -> Library:
-    needed = REQUIRES[request.param]
+    needed = REQUIRES.get(request.param)
     if needed and needed not in target.host_features():
         pytest.skip(f"this CPU lacks {needed}")
     return build(request.param)
