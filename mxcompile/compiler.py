@@ -16,7 +16,6 @@ from mxcompile import artifact as artifacts
 from mxcompile import (
     calibrate,
     graph,
-    linker,
     lower,
     passes,
     price,
@@ -89,7 +88,7 @@ def compile_model(job: Job, progress: Progress) -> Artifact:
     """
     artifacts.check_destination(job.output, force=job.force)
     where = target.find(job.target)
-    linker.find(where.triple)
+    lower.check(where)
     return _build(job, where, _plan(job, where, progress), progress)
 
 

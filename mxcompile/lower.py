@@ -8,7 +8,7 @@ kernel templates, everything else Relax operators that TVM fuses and our schedul
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from tvm import relax, s_tir
 
 from mxcompile import graph, linker, qdq
 from mxcompile.artifact import TensorSpec
-from mxcompile.errors import MxError, UnsupportedError
+from mxcompile.errors import MxError, UnsupportedError, UsageError
 from mxcompile.formats import ActivationFormat
 from mxcompile.passes.kv_cache import NO_WINDOW
 from mxcompile.passes.quantize_activations import activation_format
@@ -645,6 +645,20 @@ def phases(target: Target) -> dict[str, list[Any]]:
             transform.AttachGlobalSymbol(),
         ],
     }
+
+
+def check(target: Target) -> None:
+    """Refuse a target that ``build`` would fail for, before hours are spent on a model.
+
+    Raises:
+        UsageError: there are no kernels for its instructions, or nothing here links for it.
+    """
+    known = get_args(cpu_matmul.Instructions)
+    if target.instructions not in known:
+        raise UsageError(
+            f"target {target.name}: no instructions {target.instructions}; {', '.join(known)}"
+        )
+    linker.find(target.triple)
 
 
 def build(lowered: Lowered, target: Target, library: Path) -> None:

@@ -71,6 +71,8 @@ class Target:
         try:
             data = own = tomllib.loads(text)
             if parent := own.get("parent", ""):
+                if parent not in parents:
+                    raise UsageError(f"target {name}: no parent {parent}; {', '.join(parents)}")
                 data = _over(tomllib.loads(parents[parent]), own)
             return cls(
                 name,
@@ -84,7 +86,9 @@ class Target:
                 own.get("default", False),
                 parent,
             )
-        except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        except KeyError as error:
+            raise UsageError(f"target {name}: it does not say {error}") from error
+        except (tomllib.TOMLDecodeError, TypeError, AttributeError) as error:
             raise UsageError(f"target {name}: {error}") from error
 
     @property
