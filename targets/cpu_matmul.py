@@ -446,14 +446,15 @@ def _dots_i8mm(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list
         for half in range(0, QUADS, 4):
             x = hold(word(0, 4 * half, 4))
             for i in range(4):
-                codes = T.reinterpret("int8x64", hold(group.quad(half + i)))
+                codes = T.reinterpret("int8x64", hold(group.quad(half + i, _unpack_bytes)))
                 dots[0].set(_by_quarters("usdot", dots[0].get(), codes, x, i))
         return [dots[0].get()]
     pairs = [_Register("int32x32", 0) for _ in range(rows // 2)]
     for half in range(0, QUADS, 4):
         x = [hold(word(r, 4 * half, 4)) for r in range(rows)]
         for i in (0, 2):
-            left, right = (_parts(hold(group.quad(half + i + j)), 4) for j in (0, 1))
+            quads = (group.quad(half + i + j, _unpack_bytes) for j in (0, 1))
+            left, right = (_parts(hold(quad), 4) for quad in quads)
             # A register of each has 4 rows of 4 codes; these have 2 rows of 8.
             codes = [
                 T.reinterpret(
@@ -514,7 +515,7 @@ def _by_quarters(name: str, sums: Expr, codes: Expr, words: Expr, i: int) -> Exp
 
 def _signed_quad(group: "_Group", quad: int) -> Expr:
     """A quad's codes as int8: all but those of 8 bits are, and these are less 128."""
-    codes = group.quad(quad)
+    codes = group.quad(quad, _unpack_bytes)
     return codes ^ _u32(0x80808080) if group.tile.fmt.bits == 8 else codes
 
 
@@ -692,16 +693,15 @@ class _Group:
         start = hold(self.index * GROUP)
         return start, hold(T.min(k - start, T.int64(GROUP)))
 
-    def quad(self, quad: int | Expr) -> Expr:
+    def quad(self, quad: int | Expr, unpack: "_Unpack | None" = None) -> Expr:
         """The codes of 4 columns, a byte each, in units that make zero-points whole."""
         codes, low = None, 0
         for width in self.tile.fmt.planes:
             vector = low + quad * width // 8
             words = self.tile.lanes(self.at_codes + vector * VECTOR, "uint32", 4)
             if width < 8:
-                words = words >> _u32(quad % (8 // width) * width)
-                words = words & _u32(0x01010101 * ((1 << width) - 1))
-                words = words << _u32(low + self.tile.shift)
+                at, to = quad % (8 // width) * width, low + self.tile.shift
+                words = (unpack or _unpack_words)(words, at, width, to)
             codes = words if codes is None else codes | words
             low += width
         return codes
@@ -731,6 +731,20 @@ class _Group:
         Written into the fraction of 2**23, a code becomes a float without a conversion.
         """
         return _reinterpret(codes & _u32(255) | _u32(0x4B000000), "float32") - float_zeros
+
+
+_Unpack = Callable[[Expr, Any, int, int], Expr]
+"""Takes ``width`` bits of every byte of words from a bit on, and moves them to another bit."""
+
+
+def _unpack_words(words: Expr, at: int | Expr, width: int, to: int) -> Expr:
+    return (words >> _u32(at) & _u32(0x01010101 * ((1 << width) - 1))) << _u32(to)
+
+
+def _unpack_bytes(words: Expr, at: int, width: int, to: int) -> Expr:
+    """Where bytes can be shifted: what a shift drops needs no mask."""
+    codes = T.reinterpret("uint8x64", words) >> T.uint8(at) & T.uint8((1 << width) - 1)
+    return T.reinterpret("uint32x16", codes << T.uint8(to))
 
 
 @contextmanager
