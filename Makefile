@@ -1,5 +1,6 @@
 # make demo: compile the bundled model for this machine and generate text with it.
 # make test: format, lint, types, layers, tests. Both set up a virtual environment first.
+# make arm: what tests need to run programs on an emulated ARM machine; without, they skip.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ READY := $(VENV)/.ready
 DEMO := build/demo
 PROMPT ?= The first thing to know about
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test arm clean
 
 setup: $(READY)
 
@@ -34,6 +35,9 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q
+
+arm: $(READY)
+	$(BIN)/python scripts/setup_arm.py
 
 clean:
 	rm -rf build $(VENV)

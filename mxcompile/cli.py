@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
@@ -19,6 +20,7 @@ from mxcompile.files import whole
 if TYPE_CHECKING:  # what a verb needs is imported when it runs: --help must be quick
     from mxcompile.compiler import Job
     from mxcompile.runtime import Program
+    from mxcompile.target import Target
 
 _EXAMPLES: Final = """\
 examples:
@@ -291,8 +293,8 @@ def _describe_artifact(path: str, facts: dict[str, Any]) -> str:
     ]
     if facts["decoder_bits_per_weight"]:
         lines.append(f"decoder   {facts['decoder_bits_per_weight']:.3f} bits without vocabulary")
-    if facts["quality"]:
-        lines.append("quality   " + _describe_quality(facts["quality"]))
+    measured = _describe_quality(facts["quality"]) or "not verified: made where it cannot run"
+    lines.append("quality   " + measured)
     return "\n".join(lines)
 
 
@@ -652,24 +654,39 @@ def _add_list(verb: argparse.ArgumentParser) -> None:
 
 def _list(args: argparse.Namespace) -> None:
     rows = {"targets": _targets, "formats": _formats, "passes": _passes}[args.what]()
-    text = _table(("name", "description"), [(row["name"], row["description"]) for row in rows])
+    columns = ("name", "description", *(["notes"] if args.what == "targets" else []))
+    text = _table(columns, [tuple(row[key] for key in columns) for row in rows])
     _show(args, rows, text)
 
 
 def _targets() -> list[dict[str, Any]]:
     from mxcompile import target
 
-    here = target.host_features()
     return [
         {
             "name": found.name,
             "description": found.description,
             "family": found.family,
             "requires": sorted(found.requires),
-            "runs_here": found.family == target.host_family() and found.requires <= here,
+            "parent": found.parent,
+            "default": found.default,
+            "speed": asdict(found.speed),
+            "runs_here": found.runs_here,
+            "notes": _about(found),
         }
         for found in target.shipped()
     ]
+
+
+def _about(found: "Target") -> str:
+    """What to know of a target before it is chosen."""
+    needs = (
+        f"a board of {found.parent}"
+        if found.parent
+        else f"needs {' '.join(sorted(found.requires))}"
+    )
+    kind = [f"what {found.family} means elsewhere"] if found.default else []
+    return "; ".join([needs, *kind, *(["runs here"] if found.runs_here else [])])
 
 
 def _formats() -> list[dict[str, Any]]:

@@ -13,7 +13,17 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from mxcompile import artifact as artifacts
-from mxcompile import calibrate, graph, lower, passes, price, report, runtime, target, verify
+from mxcompile import (
+    calibrate,
+    graph,
+    lower,
+    passes,
+    price,
+    report,
+    runtime,
+    target,
+    verify,
+)
 from mxcompile.activations import AUTO, Choice, choose_activations
 from mxcompile.artifact import Artifact
 from mxcompile.budget import Budgets
@@ -79,6 +89,7 @@ def compile_model(job: Job, progress: Progress) -> Artifact:
     """
     artifacts.check_destination(job.output, force=job.force)
     where = target.find(job.target)
+    lower.check(where)
     return _build(job, where, _plan(job, where, progress), progress)
 
 
@@ -113,14 +124,24 @@ def _build(job: Job, where: target.Target, planned: Planned, progress: Progress)
             with progress.stage("verify"):
                 if job.plan is None:
                     verify.check_size(built, Budgets.parse(job.budgets, manifest.parameters).size)
-                quality = verify.check(built, job.model, planned.samples, planned.predicted)
-            if job.verify == "full":
+                quality = _verify(job, where, planned, built, progress)
+            if job.verify == "full" and quality:
                 verify.check_better(quality, _uniform_quality(job, where, planned, progress))
             page = report.render(
                 built, quality=quality, predicted=planned.predicted, seconds=progress.seconds
             )
             artifacts.finish(built, quality=quality, report=page)
     return artifacts.load(job.output)
+
+
+def _verify(
+    job: Job, where: target.Target, planned: Planned, built: Artifact, progress: Progress
+) -> Mapping[str, float]:
+    """What is measured on the program; nothing where this machine cannot run it."""
+    if not where.runs_here:
+        progress.note(f"not verified on this host: it cannot run {where.name} programs")
+        return {}
+    return verify.check(built, job.model, planned.samples, planned.predicted)
 
 
 def _uniform_quality(
@@ -288,13 +309,20 @@ def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
             plan = replace(plan, activations=choose_activations(model, statistics, job.activations))
         return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
     costs = _prices(job, model, lambda: statistics, kept, progress)
-    found = _solve(job, model, costs, fixed, progress)
+    found = _solve(job, where, model, costs, fixed, progress)
     rounded = choose_activations(model, statistics, job.activations)
     plan = replace(found.plan, activations=rounded)
     return Planned(model, samples, plan, statistics, _predictions(found, model))
 
 
-def _solve(job: Job, model: ir.Model, costs: Costs, fixed: int, progress: Progress) -> Solution:
+def _solve(
+    job: Job,
+    where: target.Target,
+    model: ir.Model,
+    costs: Costs,
+    fixed: int,
+    progress: Progress,
+) -> Solution:
     count = graph.parameters(model)
     budgets = Budgets.parse(job.budgets, count)
     with progress.stage("solve"):
@@ -304,7 +332,7 @@ def _solve(job: Job, model: ir.Model, costs: Costs, fixed: int, progress: Progre
                 unit: sum(use.kind != "embedding" for use in uses)
                 for unit, uses in graph.uses(model).items()
             }
-            latency = Latency.measured(runtime.cores(), reads)
+            latency = _latency(where, model, reads)
             progress.note(f"the rate is predicted by {latency.source}")
         return solve(
             costs.bind(job.rules),
@@ -313,6 +341,14 @@ def _solve(job: Job, model: ir.Model, costs: Costs, fixed: int, progress: Progre
             fixed_bytes=fixed,
             latency=latency,
         )
+
+
+def _latency(where: target.Target, model: ir.Model, reads: Mapping[str, int]) -> Latency:
+    """Measured where the target is this machine, else as the target is described."""
+    if where.runs_here and not where.parent:
+        return Latency.measured(runtime.cores(), reads)
+    macs = sum(reads[unit.name] * unit.parameters for unit in graph.units(model))
+    return Latency.described(where, macs, reads)
 
 
 def _predictions(found: Solution, model: ir.Model) -> dict[str, float | str]:

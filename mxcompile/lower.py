@@ -8,16 +8,16 @@ kernel templates, everything else Relax operators that TVM fuses and our schedul
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 import onnx_ir as ir
 import tvm
 from tvm import relax, s_tir
 
-from mxcompile import graph, qdq
+from mxcompile import graph, linker, qdq
 from mxcompile.artifact import TensorSpec
-from mxcompile.errors import MxError, UnsupportedError
+from mxcompile.errors import MxError, UnsupportedError, UsageError
 from mxcompile.formats import ActivationFormat
 from mxcompile.passes.kv_cache import NO_WINDOW
 from mxcompile.passes.quantize_activations import activation_format
@@ -142,7 +142,7 @@ class _Builder:
 
 
 def _simd(target: Target) -> cpu_norm.Simd:
-    return cpu_norm.Simd(lanes=16 if target.instructions == "avx512vnni" else 8)
+    return cpu_norm.Simd(lanes=target.vector_bits // 32)
 
 
 def _rooted(function: Any) -> Any:
@@ -647,12 +647,34 @@ def phases(target: Target) -> dict[str, list[Any]]:
     }
 
 
+def check(target: Target) -> None:
+    """Refuse a target that ``build`` would fail for, before hours are spent on a model.
+
+    Raises:
+        UsageError: there are no kernels for its instructions, or nothing here links for it.
+    """
+    known = get_args(cpu_matmul.Instructions)
+    if target.instructions not in known:
+        raise UsageError(
+            f"target {target.name}: no instructions {target.instructions}; {', '.join(known)}"
+        )
+    linker.find(target.triple)
+
+
 def build(lowered: Lowered, target: Target, library: Path) -> None:
-    """Compile a lowered module to a shared library."""
+    """Compile a lowered module to a shared library.
+
+    Raises:
+        UsageError: it cannot be linked for the target here.
+    """
+
+    def link(output: str, objects: Sequence[str], **_options: Any) -> None:
+        linker.link(target.triple, output, objects)
+
     tvm_target = tvm.target.Target(dict(target.tvm))
     passes = [step for phase in phases(target).values() for step in phase]
     with tvm_target:
         program = tvm.compile(
             lowered.module, target=tvm_target, relax_pipeline=tvm.transform.Sequential(passes)
         )
-    program.export_library(str(library))
+    program.export_library(str(library), fcompile=link)

@@ -49,7 +49,10 @@ def render(
             f"<p class=sub>{facts['bits_per_weight']:.3f} bits per weight for "
             f"{escape(facts['target'])}, budget {escape(facts['budget'])}</p>",
             _section("Summary", _table(("", ""), _summary(facts))),
-            _section("Measured on the compiled program", _values(quality or facts["quality"])),
+            _section(
+                "Measured on the compiled program",
+                _values(quality or facts["quality"]) or "Not verified: made where it cannot run.",
+            ),
             _section("Predicted by the solver", _values(predicted)),
             _section("Formats", _formats(facts["formats"])),
             _section("Bits per weight by layer", _heat_map(facts["tensors"])),

@@ -25,8 +25,9 @@ and a dot product of bytes multiplies them by 4 activations that are broadcast. 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
@@ -46,12 +47,20 @@ from mxcompile.targets.cpu_norm import (
 )
 from mxcompile.targets.packing import BLOCK, QUADS, SIDE, VECTOR
 
-Instructions = Literal["avx512vnni", "avx2", "generic"]
+Instructions = Literal["avx512vnni", "avxvnni", "avx2", "i8mm", "dotprod", "neon", "generic"]
 
 RECORD: Final = GROUP + 8
 """Bytes of a quantized group of an activation row: codes, scale, sum."""
 
-_ROW_BLOCK: Final = {"avx512vnni": 8, "avx2": 4, "generic": 4}
+_ROW_BLOCK: Final = {
+    "avx512vnni": 8,
+    "avxvnni": 4,
+    "avx2": 4,
+    "i8mm": 4,
+    "dotprod": 4,
+    "neon": 2,
+    "generic": 4,
+}
 
 _JOBS: Final = 48
 """Shares that one row's work is cut in: a multiple of most numbers of threads."""
@@ -207,10 +216,11 @@ class MatmulKernel:
                 run = r % digits * (codes.shape[1] // digits)
                 return row + r // digits, run + group.index * RECORD
 
-            def word(r: int, at: int | Expr) -> Expr:
-                """4 bytes of the ``r``-th record."""
+            def word(r: int, at: int | Expr, count: int = 1) -> Expr:
+                """Words of 4 bytes of the ``r``-th record, from the byte ``at``."""
                 i, start = at_record(r)
-                return T.reinterpret("int32", load(codes, i, start + at, lanes=4))
+                dtype = "int32" if count == 1 else f"int32x{count}"
+                return T.reinterpret(dtype, load(codes, i, start + at, lanes=4 * count))
 
             zeros, scales = hold(group.zeros()), hold(group.scales())
 
@@ -324,8 +334,12 @@ def _reduce(operation: str, vector: Expr) -> Expr:
 _Block = Callable[["_Tile", Expr, Expr, int], None]
 """Emits a tile's product with some activation rows: tile, its index, first row, rows."""
 
-_Word = Callable[[int, int | Expr], Expr]
-"""Reads the word at a byte of an activation row's record, as int32."""
+
+class _Word(Protocol):
+    """Reads words from a byte of an activation row's record on, as int32."""
+
+    def __call__(self, r: int, at: int | Expr, count: int = 1) -> Expr: ...
+
 
 _Offset = Callable[[int], Expr]
 """What the zero-points of a group add to the dot product with an activation row."""
@@ -398,6 +412,136 @@ def _by_halves(name: str, dtype: str, *operands: Expr, shrink: int = 2) -> Expr:
     return T.Shuffle(results, list(range(2 * lanes)))
 
 
+def _dots_avxvnni(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    dots = [_Register("int32x16") for _ in range(rows)]
+    for r, dot in enumerate(dots):
+        dot.set(offset(r))
+    for quad in range(QUADS):
+        codes = T.reinterpret("uint8x64", hold(group.quad(quad)))
+        for r, dot in enumerate(dots):
+            x = T.reinterpret("int8x32", T.broadcast(word(r, 4 * quad), ROW_TILE // 2))
+            parts = zip(_parts(dot.get(), 2), _parts(codes, 2), strict=True)
+            dot.set(_join([_call("x86.avx512.vpdpbusd.256", "int32x8", *p, x) for p in parts]))
+    return [dot.get() for dot in dots]
+
+
+def _dots_dotprod(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    """Signed products, each with one of the 4 quads of activations that a register holds."""
+    dots = [_Register("int32x16") for _ in range(rows)]
+    for r, dot in enumerate(dots):
+        dot.set(_signed_offset(group, word, offset, r))
+    for half in range(0, QUADS, 4):
+        x = [hold(word(r, 4 * half, 4)) for r in range(rows)]
+        for i in range(4):
+            codes = T.reinterpret("int8x64", hold(_signed_quad(group, half + i)))
+            for dot, words in zip(dots, x, strict=True):
+                dot.set(_by_quarters("sdot", dot.get(), codes, words, i))
+    return [dot.get() for dot in dots]
+
+
+def _dots_i8mm(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    """Two activation rows at once: products of 2 x 8 codes with 8 x 2 activations."""
+    dots = [_Register("int32x16") for _ in range(rows)]
+    if rows == 1:
+        dots[0].set(offset(0))
+        for half in range(0, QUADS, 4):
+            x = hold(word(0, 4 * half, 4))
+            for i in range(4):
+                codes = T.reinterpret("int8x64", hold(group.quad(half + i, _unpack_bytes)))
+                dots[0].set(_by_quarters("usdot", dots[0].get(), codes, x, i))
+        return [dots[0].get()]
+    pairs = [_Register("int32x32", 0) for _ in range(rows // 2)]
+    for half in range(0, QUADS, 4):
+        x = [hold(word(r, 4 * half, 4)) for r in range(rows)]
+        for i in (0, 2):
+            quads = (group.quad(half + i + j, _unpack_bytes) for j in (0, 1))
+            left, right = (_parts(hold(quad), 4) for quad in quads)
+            # A register of each has 4 rows of 4 codes; these have 2 rows of 8.
+            codes = [
+                T.reinterpret(
+                    "int8x16", hold(T.Shuffle([a, b], [first, first + 4, first + 1, first + 5]))
+                )
+                for a, b in zip(left, right, strict=True)
+                for first in (0, 2)
+            ]
+            for p, pair in enumerate(pairs):
+                both = T.Shuffle(x[2 * p : 2 * p + 2], [i, i + 1, i + 4, i + 5])
+                both = T.reinterpret("int8x16", hold(both))
+                sums = zip(_parts(pair.get(), 8), codes, strict=True)
+                pair.set(_join([_call("aarch64.neon.usmmla", "int32x4", *s, both) for s in sums]))
+    for p, pair in enumerate(pairs):
+        for r in (0, 1):
+            dot = T.Shuffle([pair.get()], list(range(r, 2 * ROW_TILE, 2)))
+            dots[2 * p + r].set(dot + offset(2 * p + r))
+    return [dot.get() for dot in dots]
+
+
+def _dots_neon(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    """Sums products of several quads in int16, then pairs of those in int32.
+
+    Activations run from -128, as low digits do. Codes up to 31 let all 8 quads of a group fit, as
+    ``8 * 128 * 31 = 31744``; at 6 bits 4 quads do, and at 8 bits, where codes run from -128, one.
+    """
+    fmt = group.tile.fmt
+    top = 128 if fmt.value_bits == 8 else fmt.top << group.tile.shift
+    step = min(QUADS, 32767 // (128 * top))
+    pairs = [_Register("int32x32", 0) for _ in range(rows)]
+    for first in range(0, QUADS, step):
+        sums = [_Register("int16x64") for _ in range(rows)]
+        for quad in range(first, first + step):
+            codes = T.reinterpret("int8x64", hold(_signed_quad(group, quad)))
+            for r, total in enumerate(sums):
+                x = T.reinterpret("int8x8", T.broadcast(word(r, 4 * quad), 2))
+                products = [_call("aarch64.neon.smull", "int16x8", c, x) for c in _parts(codes, 8)]
+                product = _join(products)
+                total.set(total.get() + product if quad > first else product)
+        for pair, total in zip(pairs, sums, strict=True):
+            added = [_call("aarch64.neon.saddlp", "int32x4", s) for s in _parts(total.get(), 8)]
+            pair.set(pair.get() + _join(added))
+    even, odd = (list(range(i, 2 * ROW_TILE, 2)) for i in (0, 1))
+    return [
+        T.Shuffle([pair.get()], even)
+        + T.Shuffle([pair.get()], odd)
+        + _signed_offset(group, word, offset, r)
+        for r, pair in enumerate(pairs)
+    ]
+
+
+def _by_quarters(name: str, sums: Expr, codes: Expr, words: Expr, i: int) -> Expr:
+    """Sums plus NEON's dot products of codes with a word of activations."""
+    x = T.reinterpret("int8x16", T.Shuffle([words], [i] * 4))
+    parts = zip(_parts(sums, 4), _parts(codes, 4), strict=True)
+    return _join([_call(f"aarch64.neon.{name}", "int32x4", *p, x) for p in parts])
+
+
+def _signed_quad(group: "_Group", quad: int) -> Expr:
+    """A quad's codes as int8: all but those of 8 bits are, and these are less 128."""
+    codes = group.quad(quad, _unpack_bytes)
+    return codes ^ _u32(0x80808080) if group.tile.fmt.value_bits == 8 else codes
+
+
+def _signed_offset(group: "_Group", word: _Word, offset: _Offset, r: int) -> Expr:
+    """The offset of row ``r`` for the codes of ``_signed_quad``: 128 times the sum comes back."""
+    if group.tile.fmt.value_bits < 8:
+        return offset(r)
+    return offset(r) + T.broadcast(word(r, GROUP + 4) << 7, ROW_TILE)
+
+
+def _parts(vector: Expr, count: int) -> list[Expr]:
+    """A vector cut in vectors."""
+    lanes = vector.ty.dtype.lanes // count
+    return [T.Shuffle([vector], list(range(i * lanes, (i + 1) * lanes))) for i in range(count)]
+
+
+def _join(parts: list[Expr]) -> Expr:
+    """Vectors in a row as one."""
+    return T.Shuffle(parts, list(range(sum(p.ty.dtype.lanes for p in parts))))
+
+
+def _call(name: str, dtype: str, *operands: Expr) -> Expr:
+    return T.call_llvm_pure_intrin(dtype, f"llvm.{name}", *operands)
+
+
 def _dots_generic(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
     dots = [_Register("int32x16") for _ in range(rows)]
     for r, dot in enumerate(dots):
@@ -413,21 +557,25 @@ def _dots_generic(group: "_Group", rows: int, word: _Word, offset: _Offset) -> l
 
 _DOTS: Final[dict[str, Callable[["_Group", int, _Word, _Offset], list[Expr]]]] = {
     "avx512vnni": _dots_vnni,
+    "avxvnni": _dots_avxvnni,
     "avx2": _dots_avx2,
+    "i8mm": _dots_i8mm,
+    "dotprod": _dots_dotprod,
+    "neon": _dots_neon,
     "generic": _dots_generic,
 }
 """Dot products of a group's codes with those of some activation rows, plus the rows' offsets."""
 
 
 class _Register:
-    """A vector that keeps its value across statements; starts undefined, or as a float."""
+    """A vector that keeps its value across statements; starts undefined, or as a number."""
 
     def __init__(self, dtype: str, value: float | None = None) -> None:
         element, _, lanes = dtype.partition("x")
         self._lanes = int(lanes)
         self._buffer = scratch(self._lanes, dtype=element)
         if value is not None:
-            self.set(T.broadcast(T.float32(value), self._lanes))
+            self.set(T.broadcast(tirx.const(value, element), self._lanes))
 
     def get(self) -> Expr:
         return load(self._buffer, 0, lanes=self._lanes)
@@ -562,6 +710,13 @@ def _lookup_avx2(data: Any, start: Expr, codes: Expr) -> Expr:
     return T.reinterpret("uint32x16", found)
 
 
+def _lookup_neon(data: Any, start: Expr, codes: Expr) -> Expr:
+    entries = hold(load(data, start, lanes=16))
+    parts = _parts(T.reinterpret("uint8x64", codes), 4)
+    found = _join([_call("aarch64.neon.tbl1", "uint8x16", entries, part) for part in parts])
+    return T.reinterpret("uint32x16", found)
+
+
 def _lookup_generic(data: Any, start: Expr, codes: Expr) -> Expr:
     """Reads an entry for every byte."""
     found = None
@@ -574,7 +729,11 @@ def _lookup_generic(data: Any, start: Expr, codes: Expr) -> Expr:
 
 _LOOKUPS: Final[dict[str, Callable[[Any, Expr, Expr], Expr]]] = {
     "avx512vnni": _lookup_vnni,
+    "avxvnni": _lookup_avx2,
     "avx2": _lookup_avx2,
+    "i8mm": _lookup_neon,
+    "dotprod": _lookup_neon,
+    "neon": _lookup_neon,
     "generic": _lookup_generic,
 }
 """Byte shuffles: from the data, where the entries start, and codes to entries."""
@@ -595,16 +754,15 @@ class _Group:
         start = hold(self.index * GROUP)
         return start, hold(T.min(k - start, T.int64(GROUP)))
 
-    def quad(self, quad: int | Expr) -> Expr:
+    def quad(self, quad: int | Expr, unpack: "_Unpack | None" = None) -> Expr:
         """The codes of 4 columns, a byte each, in units that make zero-points whole."""
         codes, low = None, 0
         for width in self.tile.fmt.planes:
             vector = low + quad * width // 8
             words = self.tile.lanes(self.at_codes + vector * VECTOR, "uint32", 4)
             if width < 8:
-                words = words >> _u32(quad % (8 // width) * width)
-                words = words & _u32(0x01010101 * ((1 << width) - 1))
-                words = words << _u32(low + self.tile.shift)
+                at, to = quad % (8 // width) * width, low + self.tile.shift
+                words = (unpack or _unpack_words)(words, at, width, to)
             codes = words if codes is None else codes | words
             low += width
         return self.tile.codebook.entries(self.tile, codes) if self.tile.fmt.codebook else codes
@@ -634,6 +792,20 @@ class _Group:
         Written into the fraction of 2**23, a code becomes a float without a conversion.
         """
         return _reinterpret(codes & _u32(255) | _u32(0x4B000000), "float32") - float_zeros
+
+
+_Unpack = Callable[[Expr, Any, int, int], Expr]
+"""Takes ``width`` bits of every byte of words from a bit on, and moves them to another bit."""
+
+
+def _unpack_words(words: Expr, at: int | Expr, width: int, to: int) -> Expr:
+    return (words >> _u32(at) & _u32(0x01010101 * ((1 << width) - 1))) << _u32(to)
+
+
+def _unpack_bytes(words: Expr, at: int, width: int, to: int) -> Expr:
+    """Where bytes can be shifted: what a shift drops needs no mask."""
+    codes = T.reinterpret("uint8x64", words) >> T.uint8(at) & T.uint8((1 << width) - 1)
+    return T.reinterpret("uint32x16", codes << T.uint8(to))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Tolerances are rounding-error bounds: n float32 operations are off by at most n 
 of the magnitudes of the terms, to first order.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,26 +21,25 @@ from mxcompile.plan import ROW_TILE, TileFormats
 from mxcompile.quantize import rows_by_format
 from mxcompile.targets import packing
 from mxcompile.targets.cpu_matmul import RECORD, Instructions, MatmulKernel, activation_bytes
+from tests import arm
 
 UNIT = 2.0**-24
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-REQUIRES = {"avx512vnni": "avx512_vnni", "avx2": "avx2", "generic": None}
-CPUS = {"avx512vnni": "cascadelake", "avx2": "haswell", "generic": None}
+REQUIRES = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "avx2": "avx2", "generic": None}
+CPUS = {"avx512vnni": "cascadelake", "avxvnni": "alderlake", "avx2": "haswell", "generic": None}
 INT8, INT16 = ACTIVATION_FORMATS.values()
 
 
 @dataclass(frozen=True)
 class Library:
-    """The compiled kernels, called with arrays."""
+    """The compiled kernels: ``call`` takes a name and arrays, and gives the last one back."""
 
-    module: Any
+    call: Callable[..., Any]
 
     def __call__(self, name: str, *inputs: Any, shape: tuple[int, ...], dtype: str = "f4") -> Any:
         # What a kernel must write is NaN or 85 before.
-        out = tvm.runtime.tensor(np.full(shape, np.nan if dtype == "f4" else 85, dtype))
-        self.module[name](*(tvm.runtime.tensor(np.ascontiguousarray(x)) for x in inputs), out)
-        return out.numpy()
+        return self.call(name, *inputs, np.full(shape, np.nan if dtype == "f4" else 85, dtype))
 
 
 @cache
@@ -51,13 +51,22 @@ def build(instructions: Instructions) -> Library:
         made[f"quantize_{fmt}"] = kernel.quantize_activation(fmt)
         made[f"matmul_{fmt}"] = kernel.matmul_quantized(fmt)
     functions = {name: made[name].with_attr("global_symbol", name) for name in made}
+    if instructions in arm.CPUS:
+        return Library(arm.machine(instructions).kernels(functions))
     options = {"kind": "llvm"} | ({"mcpu": cpu} if (cpu := CPUS[instructions]) else {})
-    return Library(tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target(options)))
+    module = tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target(options))
+
+    def call(name: str, *arrays: Any) -> Any:
+        tensors = [tvm.runtime.tensor(np.ascontiguousarray(x)) for x in arrays]
+        module[name](*tensors)
+        return tensors[-1].numpy()
+
+    return Library(call)
 
 
 @pytest.fixture(params=get_args(Instructions))
 def library(request: pytest.FixtureRequest) -> Library:
-    needed = REQUIRES[request.param]
+    needed = REQUIRES.get(request.param)
     if needed and needed not in target.host_features():
         pytest.skip(f"this CPU lacks {needed}")
     return build(request.param)
@@ -181,17 +190,19 @@ def test_threads_share_bytes(library: Library, check: Callable[..., None], forma
 
 def test_the_worst_sums_do_not_overflow(library: Library) -> None:
     """All codes and activations at their ends, with either sign."""
+    low_digits = np.full((1, GROUP), -128, np.float32)  # as digits of 16 bits, all but the first
+    low_digits[0, 0] = INT16.top
+    inputs = [np.full((1, GROUP), sign, np.float32) for sign in (-1, 1)]
     for fmt in FORMATS.values():
-        codes = np.full((ROW_TILE, GROUP), fmt.top, np.uint8)
         ones = np.ones((ROW_TILE, 1), np.uint8)
         row_scale = np.ones(ROW_TILE, np.float16)
-        for zero in (0, 15):
+        for code, zero in itertools.product((0, fmt.top), (0, 15)):
+            codes = np.full((ROW_TILE, GROUP), code, np.uint8)
             packed = packing.pack(
                 codes, ones, ones * np.uint8(zero), row_scale, TileFormats((fmt,))
             )
-            values = np.full((ROW_TILE, GROUP), fmt.top - zero * fmt.zero_step)
-            for sign in (-1, 1):
-                x = np.full((1, GROUP), sign, np.float32)
+            values = np.full((ROW_TILE, GROUP), code - zero * fmt.zero_step)
+            for x in (*inputs, low_digits):
                 for activation in ACTIVATION_FORMATS.values():
                     check_quantized(library, Weight(packed, values), x, activation)
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
-from mxcompile import evaluate, graph, inspection, passes, target
+from mxcompile import evaluate, graph, inspection, passes, target, weights
 from mxcompile.artifact import Artifact
 from mxcompile.compiler import Job, compile_model
 from mxcompile.errors import BudgetError, PlanError, UnsupportedError, UsageError, VerificationError
@@ -25,6 +25,7 @@ from mxcompile.progress import Progress
 from mxcompile.runtime import Program, Session
 from mxcompile.targets import packing
 from mxcompile.text import TextModel
+from tests import arm
 
 TINYLM = Path(__file__).parents[1] / "models" / "tinylm"
 PROMPT = "In the beginning God created the heaven and the earth."
@@ -60,17 +61,17 @@ def mixed_plan(tinylm: Path) -> Path:
 @pytest.fixture(scope="session")
 def compile_tiny(
     tinylm: Path, mixed_plan: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], tuple[Artifact, Path]]:
+) -> Callable[..., tuple[Artifact, Path]]:
     """Compile with float or int8 activations, once each; gives the artifact and its Q/DQ model."""
-    done: dict[str, tuple[Artifact, Path]] = {}
+    done: dict[tuple[str, str], tuple[Artifact, Path]] = {}
 
-    def build(activations: str) -> tuple[Artifact, Path]:
-        if activations not in done:
+    def build(activations: str, where: str = "x86") -> tuple[Artifact, Path]:
+        if (activations, where) not in done:
             folder = tmp_path_factory.mktemp(activations)
             emitted = folder / "qdq.onnx"
             job = Job(
                 tinylm,
-                "x86",
+                where,
                 ("4.2bit",),
                 folder / "out.mxc",
                 activations=activations,  # type: ignore[arg-type]
@@ -80,8 +81,8 @@ def compile_tiny(
                 plan=mixed_plan,
                 cache=tinylm.parent,
             )
-            done[activations] = compile_model(job, Progress()), emitted
-        return done[activations]
+            done[activations, where] = compile_model(job, Progress()), emitted
+        return done[activations, where]
 
     return build
 
@@ -318,3 +319,53 @@ def test_short_external_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(UsageError, match=r"needs 8192 bytes of w\.bin, which has 100"):
         graph.load(tmp_path / "m.onnx")
+
+
+def arm_decoder(built: Artifact, instructions: str) -> Callable[[list[int]], np.ndarray]:
+    """A decoder on an emulated ARM machine: takes tokens in turn, gives the last one's logits."""
+    machine, cache = arm.machine(instructions), built.manifest.kv_cache
+    assert cache is not None
+    program = machine.load(built.folder / "model.so")
+    tensors = weights.read(built.folder / "weights.safetensors")
+    machine.pack("weights", [tensors[name] for name in built.manifest.weights])
+    shapes = [(1, layer.kv_heads, 256, layer.head_dim) for layer in cache.layers for _ in "kv"]
+    machine.pack("caches", [np.zeros(shape, cache.dtype) for shape in shapes])
+    past = 0
+
+    def feed(tokens: list[int]) -> np.ndarray:
+        nonlocal past
+        count = len(tokens)
+        inputs = [[tokens], [list(range(past, past + count))], [past], [count - 1]]
+        names = [machine.put(f"in{i}", np.array(x, np.int64)) for i, x in enumerate(inputs)]
+        machine.call("logits", program, "main", *names, "caches", "weights")
+        past += count
+        return machine.get("logits").reshape(-1)
+
+    return feed
+
+
+@pytest.mark.parametrize("activations", ["fp32", "int8"])
+def test_arm_decodes_as_x86_does(
+    activations: str, tinylm: Path, compile_tiny: Callable[..., tuple[Artifact, Path]]
+) -> None:
+    """The same greedy tokens, 64 of them, but for ties.
+
+    Two machines sum in other orders. With float activations that moves logits by some roundings,
+    with int8 a rounding now and then takes another way and moves them by about 0.1. A token that
+    the other machine does not choose must be as good as its choice but for twice what they differ.
+    """
+    arm.require()
+    (there, _), (here, _) = (compile_tiny(activations, where) for where in ("arm", "x86"))
+    files = [built.manifest.files["weights.safetensors"] for built in (there, here)]
+    assert files[0] == files[1], "one packed weight serves both"
+    assert not there.manifest.quality, "an ARM program was verified on a machine that has no ARM"
+    feed, session = arm_decoder(there, "dotprod"), Session(Program.load(here.folder))
+    tokens = TextModel.beside(tinylm.parent).encode(PROMPT)
+    moved = 256 * 2.0**-24 if activations == "fp32" else 0.03
+    for _ in range(64):
+        found, expected = feed(tokens), np.array(session.feed(tokens)).reshape(-1)
+        difference = float(np.abs(found - expected).max())
+        assert difference <= moved * float(np.abs(expected).max())
+        best = int(found.argmax())
+        assert expected[best] >= expected.max() - 2 * difference
+        tokens = [best]
