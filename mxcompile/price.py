@@ -14,7 +14,7 @@ import torch
 from mxcompile.errors import PlanError, UsageError
 from mxcompile.files import whole
 from mxcompile.formats import FORMATS, Format
-from mxcompile.plan import ROW_TILE, Rule, Unit, tile_bytes
+from mxcompile.plan import ROW_TILE, PrecisionPlan, Rule, Unit, tile_bytes
 from mxcompile.progress import Progress
 from mxcompile.quantize import dequantize, quantize
 from mxcompile.statistics import Statistics
@@ -51,6 +51,15 @@ class Costs:
     def bytes(self, unit: Unit) -> Array:
         """The bytes of one tile of a unit in each format, int64 [formats]."""
         return np.array([tile_bytes(unit.columns, fmt) for fmt in self.choices(unit)], np.int64)
+
+    def total(self, plan: PrecisionPlan) -> float:
+        """The summed damage of a plan."""
+        total = 0.0
+        for unit in self.units:
+            column = {fmt: index for index, fmt in enumerate(self.choices(unit))}
+            chosen = [column[fmt] for fmt in plan.tiles[unit.name].formats]
+            total += float(self.damage[unit.name][np.arange(unit.tiles), chosen].sum())
+        return total
 
     def bind(self, rules: Sequence[Rule]) -> Self:
         """Leave the units that rules name what these allow; a format outside stands for another.
