@@ -27,7 +27,7 @@ from mxcompile import (
 )
 from mxcompile.artifact import Artifact
 from mxcompile.budget import Budgets
-from mxcompile.errors import PlanError, UsageError
+from mxcompile.errors import PlanError, UnsupportedError, UsageError
 from mxcompile.evidence import Evidence
 from mxcompile.instruments import Dump, Verify
 from mxcompile.latency import Latency
@@ -81,6 +81,7 @@ class Priced:
         fixed_bytes: The part of the weight file that no plan changes.
         statistics: What calibration found.
         costs: Every tile's prices.
+        codes: A folder for codes in the cache, if there is one.
     """
 
     model: ir.Model
@@ -88,11 +89,19 @@ class Priced:
     fixed_bytes: int
     statistics: Statistics
     costs: Costs
+    codes: Path | None
 
     def evidence(self, progress: Progress) -> Evidence:
         """What strategies may ask of the model."""
-        feeds, probes = self.samples.feeds, self.samples.probes
-        return Evidence(self.model, self.statistics, self.costs, feeds, probes, progress)
+        return Evidence(
+            self.model,
+            self.statistics,
+            self.costs,
+            self.samples.feeds,
+            self.samples.probes,
+            progress,
+            self.codes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +198,13 @@ def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
 def price_model(job: Job, progress: Progress) -> Priced:
     """All that plans are made from, whatever the budget."""
     model, samples, fixed = _prepare(job, target.find(job.target), progress)
+    if not graph.units(model):
+        raise UnsupportedError(f"{job.model} has no weight that is large enough to plan")
     kept = _kept(job, samples)
     statistics = _statistics(job, model, samples, kept, progress)
     costs = _prices(model, lambda: statistics, kept, progress)
-    return Priced(model, samples, fixed, statistics, costs)
+    codes = None if kept is None else Path(f"{kept}.codes-{price.VERSION}")
+    return Priced(model, samples, fixed, statistics, costs, codes)
 
 
 def sweep_budgets(job: Job, progress: Progress) -> list[dict[str, float]]:

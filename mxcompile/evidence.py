@@ -4,18 +4,22 @@ Our own prices need none of this. All of it is found when it is first asked for,
 samples that calibrate, and every weight is rounded by the quantizer that ships.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
+import safetensors.numpy
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from mxcompile import graph, probe
+from mxcompile.files import whole
 from mxcompile.float_model import LOGITS, Feed, FloatModel, by_position, flat, product, source
 from mxcompile.formats import Format
 from mxcompile.gptq import Quantizer
@@ -44,36 +48,68 @@ PROBE_STRIDE: Final = 4
 class Rounded:
     """Every weight in every format, by the quantizer that ships; found when it is first read.
 
-    Rows are rounded on their own, so that any plan's weights are rows of these. The codes are
-    kept, a byte a weight and format.
+    Rows are rounded on their own, so that any plan's weights are rows of these.
+
+    Attributes:
+        weights: A unit's float32 weights [rows, columns] by name.
+        statistics: What calibration found.
+        folder: Where codes are kept, a byte a weight and format; None keeps them in memory.
     """
 
     weights: Callable[[str], Array]
     statistics: Statistics
+    folder: Path | None = None
     _kept: dict[tuple[str, Format], Quantized] = field(default_factory=dict)
 
-    def prepare(self, unit: Unit, formats: Sequence[Format]) -> None:
+    def prepare(self, unit: Unit, formats: Iterable[Format]) -> None:
         """Round a unit to some formats: the feedback between its columns is found once."""
-        missing = [fmt for fmt in formats if (unit.name, fmt) not in self._kept]
+        missing = [fmt for fmt in formats if not self._has(unit, fmt)]
         if not missing:
             return
         quantizer = Quantizer.of(self.statistics.moment(unit.name))
         for fmt in missing:
-            whole = TileFormats((fmt,) * unit.tiles)
-            weight = self.weights(unit.name)
-            self._kept[unit.name, fmt] = quantizer.tiles(weight, whole, name=unit.name)
+            alike = TileFormats((fmt,) * unit.tiles)
+            self._keep(unit, fmt, quantizer.tiles(self.weights(unit.name), alike, name=unit.name))
 
-    def rows(self, unit: Unit, fmt: Format, rows: Array) -> Array:
-        """Some rows of a unit in one format, float32 [rows, columns]."""
+    def _has(self, unit: Unit, fmt: Format) -> bool:
+        if self.folder is None:
+            return (unit.name, fmt) in self._kept
+        return self._path(self.folder, unit, fmt).is_file()
+
+    def _keep(self, unit: Unit, fmt: Format, quantized: Quantized) -> None:
+        if self.folder is None:
+            self._kept[unit.name, fmt] = quantized
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        arrays = {part.name: getattr(quantized, part.name) for part in fields(quantized)}
+        with whole(self._path(self.folder, unit, fmt)) as draft:
+            safetensors.numpy.save_file(arrays, draft)
+
+    def _find(self, unit: Unit, fmt: Format) -> Quantized:
+        if self.folder is None:
+            return self._kept[unit.name, fmt]
+        return Quantized(**safetensors.numpy.load_file(self._path(self.folder, unit, fmt)))
+
+    @staticmethod
+    def _path(folder: Path, unit: Unit, fmt: Format) -> Path:
+        """A unit's codes in a format; names of units may hold what names of files may not."""
+        digest = hashlib.sha256(unit.name.encode()).hexdigest()[:32]
+        return folder / f"{digest}.{fmt}.safetensors"
+
+    def blocks(self, unit: Unit, fmt: Format) -> Iterator[tuple[slice, Array]]:
+        """A unit in one format, some rows at a time: which, and float32 [rows, columns]."""
         self.prepare(unit, [fmt])
-        return dequantize(self._kept[unit.name, fmt].take(rows), fmt)
+        quantized, step = self._find(unit, fmt), max(BLOCK // unit.columns, 1)
+        for start in range(0, unit.rows, step):
+            part = slice(start, min(start + step, unit.rows))
+            yield part, dequantize(quantized.take(np.arange(part.start, part.stop)), fmt)
 
     def tiles(self, unit: Unit, formats: TileFormats) -> Array:
         """A unit with a format a row tile, float32 [rows, columns]."""
-        self.prepare(unit, list(dict.fromkeys(formats.formats)))
+        self.prepare(unit, dict.fromkeys(formats.formats))
         result = np.empty((unit.rows, unit.columns), np.float32)
         for fmt, rows in rows_by_format(formats, unit.rows):
-            result[rows] = self.rows(unit, fmt, rows)
+            result[rows] = dequantize(self._find(unit, fmt).take(rows), fmt)
         return result
 
 
@@ -119,6 +155,7 @@ class Evidence:
         feeds: The samples that calibrated.
         probes: Fewer and shorter ones, for what takes many runs.
         progress: Is told of the work.
+        folder: Where codes are kept for the next time, if anywhere.
     """
 
     model: ir.Model
@@ -127,6 +164,7 @@ class Evidence:
     feeds: Sequence[Feed]
     probes: Sequence[Feed]
     progress: Progress = field(default_factory=Progress)
+    folder: Path | None = None
 
     @cached_property
     def watched(self) -> FloatModel:
@@ -136,7 +174,7 @@ class Evidence:
     @cached_property
     def rounded(self) -> Rounded:
         """All weights in all formats."""
-        return Rounded(self._weight, self.statistics)
+        return Rounded(self._weight, self.statistics, self.folder)
 
     def replaced(self, plan: PrecisionPlan) -> Values:
         """The weights that a plan leaves of the float model's, to override them with."""
@@ -167,9 +205,9 @@ class Evidence:
         weight, observed = self._weight(unit.name), self.observed[unit.name]
         shape = (unit.tiles * ROW_TILE, len(formats))
         squared, met, felt = (np.zeros(shape) for _ in range(3))
-        for rows in self._blocks(unit):
-            for index, fmt in enumerate(formats):
-                delta = self.rounded.rows(unit, fmt, rows) - weight[rows]
+        for index, fmt in enumerate(formats):
+            for rows, values in self.rounded.blocks(unit, fmt):
+                delta = values - weight[rows]
                 felt[rows, index] = np.einsum("ok,ok->o", delta, observed.slope[rows].numpy())
                 np.square(delta, out=delta)
                 squared[rows, index] = delta.sum(1)
@@ -179,11 +217,6 @@ class Evidence:
             return np.asarray(by_row.reshape(unit.tiles, ROW_TILE, -1).sum(1))
 
         return Errors(by_tile(squared), by_tile(met), by_tile(felt))
-
-    def _blocks(self, unit: Unit) -> Iterator[Array]:
-        step = max(BLOCK // unit.columns, 1)
-        for start in range(0, unit.rows, step):
-            yield np.arange(start, min(start + step, unit.rows))
 
     @cached_property
     def observed(self) -> Mapping[str, Observed]:

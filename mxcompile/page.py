@@ -14,8 +14,9 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; 
   color: #1b1f24; background: #fff }
 h1 { font-size: 1.5em; margin: 0 } h2 { font-size: 1.1em; margin: 2em 0 .5em }
 p { color: #57606a; margin: 0 0 1em; max-width: 48em }
-table { border-collapse: collapse } td, th { padding: .2em .8em; text-align: right }
-td:first-child, th:first-child, td.t { text-align: left } tr { border-bottom: 1px solid #eaeef2 }
+table { border-collapse: collapse }
+td, th { padding: .2em .8em; text-align: right; white-space: nowrap }
+td.t, th.t { text-align: left } tr { border-bottom: 1px solid #eaeef2 }
 th { font-weight: 600 } svg text { font: 11px system-ui, sans-serif; fill: #1b1f24 }
 svg .soft { fill: #57606a } svg .end { text-anchor: end } svg .mid { text-anchor: middle }
 .scroll { overflow-x: auto }
@@ -28,6 +29,7 @@ GRID: Final = "#eaeef2"
 _CELL_WIDTH: Final = 46
 _CELL_HEIGHT: Final = 20
 _LABEL_WIDTH: Final = 190
+_LABEL: Final = 28
 
 _PLOT_WIDTH: Final = 560
 _PLOT_HEIGHT: Final = 300
@@ -49,21 +51,27 @@ def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
 def section(title: str, body: str, note: str = "") -> str:
     """A part of a page, with a line that says how to read it; nothing where the body is empty."""
     said = f"<p>{escape(note)}</p>" if note else ""
-    return f"<h2>{escape(title)}</h2>{said}<div class=scroll>{body}</div>" if body else ""
+    head = f"<h2>{escape(title)}</h2>" if title else ""
+    return f"{head}{said}<div class=scroll>{body}</div>" if body else ""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; numbers are shown to four digits, columns of text line up on the left."""
-
-    def cell(value: Any, tag: str) -> str:
-        left = " class=t" if isinstance(value, str) and not value[:1].isdigit() else ""
-        return f"<{tag}{left if tag == 'td' else ''}>{escape(text(value))}"
+    """A table; numbers are shown to four digits and line up on the right, words on the left."""
+    body = [list(row) for row in rows]
+    words = [any(_is_word(value) for value in column) for column in zip(*body, strict=True)]
 
     def line(cells: Sequence[Any], tag: str) -> str:
-        return "<tr>" + "".join(cell(value, tag) for value in cells)
+        marked = zip(cells, words, strict=True)
+        return "<tr>" + "".join(
+            f"<{tag}{' class=t' if word else ''}>{escape(text(value))}" for value, word in marked
+        )
 
-    top = line(head, "th") if any(head) else ""
-    return f"<table>{top}{''.join(line(row, 'td') for row in rows)}</table>"
+    top = line(head, "th") if any(head) and body else ""
+    return f"<table>{top}{''.join(line(row, 'td') for row in body)}</table>"
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and not value.lstrip("-")[:1].isdigit()
 
 
 def values(named: Mapping[str, Any]) -> str:
@@ -92,7 +100,7 @@ def heat_map(
     columns = 1 + max((column for row in rows.values() for column in row), default=0)
     parts = [_text(_LABEL_WIDTH + 4 + x * _CELL_WIDTH, 14, str(x)) for x in range(columns)]
     for y, (label, row) in enumerate(rows.items(), start=1):
-        parts.append(_text(4, y * _CELL_HEIGHT + 14, label))
+        parts.append(_text(4, y * _CELL_HEIGHT + 14, label, width=_LABEL))
         for x, value in row.items():
             left, top = _LABEL_WIDTH + x * _CELL_WIDTH, y * _CELL_HEIGHT
             shade = min(max(depth(value), 0.0), 1.0)
@@ -144,7 +152,9 @@ def curve(
         if mark.y > 0:
             x, y = place(mark.x, mark.y)
             parts.append(_dot(x, y, f"{mark.name}: {mark.x:.4g}, {mark.y:.4g}", mark.strong))
-            parts.append(_text(x + 8, y + 4, mark.name))
+            # What stands out is named on the left, so that neighbours do not cover each other.
+            side, style = (-9, "end") if mark.strong else (8, "soft")
+            parts.append(_text(x + side, y + 4, mark.name, style=style))
     parts.append(_text(_LEFT + _PLOT_WIDTH / 2, _TOP + _PLOT_HEIGHT + 34, labels[0], style="mid"))
     middle = _TOP + _PLOT_HEIGHT / 2
     parts.append(
@@ -168,7 +178,7 @@ def dots(rows: Sequence[tuple[str, float]], strong: str, label: str) -> str:
         parts.append(_text(x, height + 18, f"{tick:g}", style="soft mid"))
     for index, (name, value) in enumerate(found):
         x, y = _LABEL_WIDTH + axis.at(value) * _PLOT_WIDTH, (index + 0.5) * _CELL_HEIGHT + 4
-        parts.append(_text(4, y + 4, name))
+        parts.append(_text(4, y + 4, name, width=_LABEL))
         parts.append(_dot(x, y, f"{name}: {value:.4g}", name == strong))
         parts.append(_text(x + 9, y + 4, f"{value:.3g}", style="soft"))
     parts.append(_text(_LABEL_WIDTH + _PLOT_WIDTH / 2, height + 34, label, style="mid"))
@@ -233,8 +243,10 @@ def _dot(x: float, y: float, title: str, strong: bool) -> str:
     )
 
 
-def _text(x: float, y: float, said: str, *, style: str = "", ink: str = "") -> str:
-    """Text that is cut where it is long, whole in its tooltip."""
-    short = said if len(said) <= 28 else "..." + said[-25:]
+def _text(
+    x: float, y: float, said: str, *, style: str = "", ink: str = "", width: int = 100
+) -> str:
+    """Text that is cut to so many characters, whole in its tooltip."""
+    short = said if len(said) <= width else "..." + said[3 - width :]
     extra = (f' class="{style}"' if style else "") + (f' style="fill:{ink}"' if ink else "")
     return f"<text x={x:g} y={y:g}{extra}>{escape(short)}<title>{escape(said)}</title></text>"

@@ -194,8 +194,8 @@ def _explain(
     fmt = why.uniform()
     price = predicted.get("damage_per_byte")
     shadow = (
-        f" One more byte would save {price:.3g}, the shadow price: a tile is wider where that "
-        "saves more a byte, and narrower where it saves less."
+        f" One more byte would save {price:.3g}, the shadow price: tiles are widened as long as "
+        "that saves more a byte."
         if isinstance(price, float)
         else ""
     )
@@ -215,7 +215,9 @@ def _explain(
             page.section(
                 "The ten most expensive tiles",
                 _expensive(why),
-                "Those of 16 rows whose bytes save the most damage." + shadow,
+                f"Those of {ROW_TILE} rows whose bytes save the most damage.{shadow} Why: what "
+                "errors in the tensor cost next to the model's mean, in the tile next to the "
+                "tensor's mean, and how much the tile's outputs count next to the tensor's.",
             ),
         ]
     )
@@ -232,7 +234,7 @@ def _sensitivity(why: _Decision, fmt: Format) -> str:
     def depth(value: float) -> float:
         return float((np.log(value) - low) / ((high - low) or 1)) if value > 0 else 0.0
 
-    return page.heat_map(_by_layer(found), depth, "{:.1g}".format)
+    return page.heat_map(_by_layer(found), depth, lambda v: f"{v:.0f}" if v >= 10 else f"{v:.1g}")
 
 
 def _components(why: _Decision, fmt: Format) -> str:
@@ -265,9 +267,9 @@ def _pareto(
         marks.append(Mark(f"uniform {fmt}", why.bits(plan.weight_bytes), total))
     bits = why.artifact.bits_per_weight
     if isinstance(damage := predicted.get("damage"), float):
-        marks.append(Mark("this artifact", bits, damage, strong=True))
+        marks.append(Mark("this artifact, predicted", bits, damage, strong=True))
     shown = (measured[key] for key in ("kld_mean", "relative_error") if key in measured)
-    marks += [Mark("measured", bits, value, strong=True) for value in shown]
+    marks += [Mark("this artifact, measured", bits, value, strong=True) for value in shown]
     return page.curve(line, marks, ("bits per weight, all-in", "predicted damage"))
 
 
@@ -285,10 +287,6 @@ def _expensive(why: _Decision) -> str:
         extra = size - tile_bytes(unit.columns, narrow)
         tensor = float(why.damage(unit, narrow).sum()) / unit.parameters
         own = float(why.damage(unit, narrow)[tile]) * unit.tiles / (tensor * unit.parameters)
-        reason = (
-            f"a weight of the tensor counts {tensor / mean:.2g} times the model's mean, one of "
-            f"this tile {own:.2g} times the tensor's (its rows {why.row_weights(unit)[tile]:.2g})"
-        )
         last = min((tile + 1) * ROW_TILE, unit.rows) - 1
         rows.append(
             (
@@ -298,10 +296,13 @@ def _expensive(why: _Decision) -> str:
                 f"{size:,}",
                 saved,
                 saved / extra if extra else 0.0,
-                reason,
+                tensor / mean,
+                own,
+                float(why.row_weights(unit)[tile]),
             )
         )
-    head = ("tensor", "rows", "format", "bytes", f"saves over {narrow}", "a byte", "why")
+    saves = f"saves over {narrow}"
+    head = ("tensor", "rows", "format", "bytes", saves, "a byte", "tensor", "tile", "outputs")
     return page.table(head, rows)
 
 
