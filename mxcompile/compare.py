@@ -91,7 +91,7 @@ def _limit(budget: str, priced: Priced) -> int:
 
 
 def _size(plan: PrecisionPlan, priced: Priced) -> dict[str, float]:
-    size = plan.weight_bytes + priced.fixed_bytes
+    size = priced.costs.size(plan) + priced.fixed_bytes
     return {"bytes": size, "bits_per_weight": 8 * size / graph.parameters(priced.model)}
 
 

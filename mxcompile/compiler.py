@@ -351,7 +351,7 @@ def _choose(job: Job, priced: Priced, progress: Progress) -> Planned:
     plan, predicted = found.plan, _predictions(found, model)
     if job.strategy != strategies.OURS:
         plan = _other(job, priced, progress)
-        size = plan.weight_bytes + priced.fixed_bytes
+        size = costs.size(plan) + priced.fixed_bytes
         bits = 8 * size / graph.parameters(model)
         damage = costs.total(plan)
         predicted = {"damage": damage, "method": job.strategy, "bits_per_weight": bits}

@@ -57,7 +57,7 @@ def render(
     measured = quality or facts["quality"]
     decided = ""
     if costs is not None and statistics is not None:
-        why = _Decision(artifact, costs, statistics)
+        why = _Decision(artifact, artifact.plan(), costs, statistics)
         decided = _explain(why, predicted, measured)
     sections = [
         page.section("Summary", page.table(("", ""), _summary(facts))),
@@ -140,12 +140,9 @@ class _Decision:
     """An artifact's plan beside the prices that it was solved from."""
 
     artifact: Artifact
+    plan: PrecisionPlan
     costs: Costs
     statistics: Statistics
-
-    @property
-    def plan(self) -> PrecisionPlan:
-        return self.artifact.plan()
 
     @property
     def fixed_bytes(self) -> int:
@@ -167,13 +164,6 @@ class _Decision:
     def damage(self, unit: Unit, fmt: Format) -> Array:
         """What a unit's tiles lose in one format, [tiles]."""
         found: Array = self.costs.damage[unit.name][:, self.costs.formats.index(fmt)]
-        return found
-
-    def paid(self, unit: Unit) -> Array:
-        """What a unit's tiles lose as planned, [tiles]."""
-        columns = {fmt: i for i, fmt in enumerate(self.costs.choices(unit))}
-        chosen = [columns[fmt] for fmt in self.plan.tiles[unit.name].formats]
-        found: Array = self.costs.damage[unit.name][np.arange(unit.tiles), chosen]
         return found
 
     def row_weights(self, unit: Unit) -> Array:
@@ -249,7 +239,7 @@ def _components(why: _Decision, fmt: Format) -> str:
             tile_bytes(unit.columns, f) for unit in units for f in why.plan.tiles[unit.name].formats
         )
         uniform = sum(float(why.damage(unit, fmt).sum()) for unit in units)
-        paid = sum(float(why.paid(unit).sum()) for unit in units)
+        paid = sum(float(why.costs.paid(unit, why.plan).sum()) for unit in units)
         rows.append((name, f"{count:,}", 8 * size / count, 1e6 * uniform / count, uniform, paid))
     rows.sort(key=lambda row: -row[3])
     head = ("component", "weights", "bits", f"{fmt}, a million weights", f"all in {fmt}", "planned")
@@ -309,6 +299,6 @@ def _expensive(why: _Decision) -> str:
 def _savings(why: _Decision) -> Iterator[tuple[float, Unit, int]]:
     """The best tiles of every unit: what each saves over the narrowest format."""
     for unit in why.plan.units:
-        saved = why.damage(unit, why.costs.formats[0]) - why.paid(unit)
+        saved = why.damage(unit, why.costs.formats[0]) - why.costs.paid(unit, why.plan)
         for tile in np.argsort(-saved, kind="stable")[:EXPENSIVE].tolist():
             yield float(saved[tile]), unit, tile

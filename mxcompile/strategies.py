@@ -224,14 +224,11 @@ def _widest(costs: Costs, limit: int) -> Format:
 
     def merit(fmt: Format) -> tuple[int, float]:
         plan = PrecisionPlan.uniform(costs.units, fmt)
-        return plan.weight_bytes, -costs.total(plan)
+        return costs.size(plan), -costs.total(plan)
 
-    fits = [
-        fmt
-        for fmt in costs.formats
-        if PrecisionPlan.uniform(costs.units, fmt).weight_bytes <= limit
-    ]
-    return max(fits, key=merit, default=costs.formats[0])
+    merits = {fmt: merit(fmt) for fmt in costs.formats}
+    fits = [fmt for fmt in costs.formats if merits[fmt][0] <= limit]
+    return max(fits, key=merits.__getitem__, default=costs.formats[0])
 
 
 def _wider(costs: Costs, low: Format, bits: int = 1) -> Format:

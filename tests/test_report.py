@@ -28,6 +28,7 @@ PLAN = PrecisionPlan.uniform(
 )
 
 
+ALL = tuple(FORMATS[f"int{bits}"] for bits in (2, 3, 4, 5, 6, 8))
 FALL = np.array([0.09, 0.023, 0.0059, 0.0014, 0.00035, 0.00002])
 EXPENSIVE = "model.layers.11.mlp.up_proj.weight"
 
@@ -36,7 +37,7 @@ def costs() -> Costs:
     """Every tile alike but the second of one layer, which is harmed a hundred times as much."""
     damage = {u.name: np.tile(FALL, (u.tiles, 1)) for u in PLAN.units}
     damage[EXPENSIVE][1] *= 100
-    return Costs(PLAN.units, tuple(FORMATS.values()), damage)
+    return Costs(PLAN.units, ALL, damage)
 
 
 def statistics() -> Statistics:
@@ -106,7 +107,7 @@ def test_sensitivity_is_damage_a_weight(html: str) -> None:
 def test_the_curve_has_this_artifact_on_it(html: str) -> None:
     svg = part(html, "Damage against size")
     names = re.findall(r"<title>([^:<]*): ", svg)
-    uniform = [f"uniform {fmt}" for fmt in FORMATS]
+    uniform = [f"uniform {fmt}" for fmt in ALL]
     assert names == [*uniform, "this artifact, predicted", "this artifact, measured"]
 
 
