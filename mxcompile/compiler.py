@@ -21,13 +21,15 @@ from mxcompile import (
     price,
     report,
     runtime,
+    strategies,
     target,
     verify,
 )
 from mxcompile.activations import AUTO, Choice, choose_activations
 from mxcompile.artifact import Artifact
 from mxcompile.budget import Budgets
-from mxcompile.errors import PlanError, UsageError
+from mxcompile.errors import PlanError, UnsupportedError, UsageError
+from mxcompile.evidence import Evidence
 from mxcompile.formats import FORMATS
 from mxcompile.instruments import Dump, Verify
 from mxcompile.latency import Latency
@@ -68,17 +70,55 @@ class Job:
     shapes: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     verify: Literal["quick", "full"] = "quick"
+    strategy: str = strategies.OURS
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A float model in canonical form, and what plans for it are made from.
+
+    Attributes:
+        model: The model.
+        samples: What it was run on.
+        fixed_bytes: The part of the weight file that no plan changes.
+        statistics: What calibration found.
+        costs: Every tile's prices.
+        codes: A folder for codes in the cache, if there is one.
+    """
+
+    model: ir.Model
+    samples: Samples
+    fixed_bytes: int
+    statistics: Statistics
+    costs: Costs
+    codes: Path | None
+
+    def evidence(self, progress: Progress) -> Evidence:
+        """What strategies may ask of the model."""
+        return Evidence(
+            self.model,
+            self.statistics,
+            self.costs,
+            self.samples.feeds,
+            self.samples.probes,
+            progress,
+            self.codes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A float model in canonical form, with the plan for it and what the plan should cost."""
+    """A float model in canonical form, with the plan for it and what the plan should cost.
+
+    ``costs`` is None for a plan that was given, not made.
+    """
 
     model: ir.Model
     samples: Samples
     plan: PrecisionPlan
     statistics: Statistics
     predicted: Mapping[str, float | str]
+    costs: Costs | None = None
 
 
 def compile_model(job: Job, progress: Progress) -> Artifact:
@@ -128,7 +168,12 @@ def _build(job: Job, where: target.Target, planned: Planned, progress: Progress)
             if job.verify == "full" and quality:
                 verify.check_better(quality, _uniform_quality(job, where, planned, progress))
             page = report.render(
-                built, quality=quality, predicted=planned.predicted, seconds=progress.seconds
+                built,
+                quality=quality,
+                predicted=planned.predicted,
+                seconds=progress.seconds,
+                costs=planned.costs,
+                statistics=planned.statistics,
             )
             artifacts.finish(built, quality=quality, report=page)
     return artifacts.load(job.output)
@@ -161,6 +206,18 @@ def _uniform_quality(
 def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
     """The plan that ``compile_model`` would compile."""
     return _plan(job, target.find(job.target), progress).plan
+
+
+def price_model(job: Job, progress: Progress) -> Priced:
+    """All that plans are made from, whatever the budget."""
+    model, samples, fixed = _prepare(job, target.find(job.target), progress)
+    if not graph.units(model):
+        raise UnsupportedError(f"{job.model} has no weight that is large enough to plan")
+    kept = _kept(job, samples)
+    statistics = _statistics(job, model, samples, kept, progress)
+    costs = _prices(job, model, lambda: statistics, kept, progress)
+    codes = None if kept is None else Path(f"{kept}.codes-{price.VERSION}")
+    return Priced(model, samples, fixed, statistics, costs, codes)
 
 
 def sweep_budgets(job: Job, progress: Progress) -> list[dict[str, float]]:
@@ -300,19 +357,41 @@ def _prices(
 
 def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
     Budgets.parse(job.budgets, 1)  # a budget that cannot be read is refused before the work
-    model, samples, fixed = _prepare(job, where, progress)
-    plan = _read_plan(job.plan, model) if job.plan is not None else None
-    kept = _kept(job, samples)
-    statistics = _statistics(job, model, samples, kept, progress)
-    if plan is not None:
-        if not plan.activations or job.activations != AUTO:
-            plan = replace(plan, activations=choose_activations(model, statistics, job.activations))
-        return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
-    costs = _prices(job, model, lambda: statistics, kept, progress)
-    found = _solve(job, where, model, costs, fixed, progress)
-    rounded = choose_activations(model, statistics, job.activations)
-    plan = replace(found.plan, activations=rounded)
-    return Planned(model, samples, plan, statistics, _predictions(found, model))
+    strategies.find(job.strategy)
+    if job.plan is None:
+        return _choose(job, where, price_model(job, progress), progress)
+    model, samples, _ = _prepare(job, where, progress)
+    plan = _read_plan(job.plan, model)
+    statistics = _statistics(job, model, samples, _kept(job, samples), progress)
+    if not plan.activations or job.activations != AUTO:
+        plan = replace(plan, activations=choose_activations(model, statistics, job.activations))
+    return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
+
+
+def _choose(job: Job, where: target.Target, priced: Priced, progress: Progress) -> Planned:
+    """Spend the budgets by the strategy asked for; the solver's own refuses what none can meet."""
+    model, costs = priced.model, priced.costs
+    found = _solve(job, where, model, costs, priced.fixed_bytes, progress)
+    plan, predicted = found.plan, _predictions(found, model)
+    if job.strategy != strategies.OURS:
+        plan = _other(job, priced, progress)
+        size = costs.size(plan) + priced.fixed_bytes
+        bits = 8 * size / graph.parameters(model)
+        damage = costs.total(plan)
+        predicted = {"damage": damage, "method": job.strategy, "bits_per_weight": bits}
+    rounded = choose_activations(model, priced.statistics, job.activations)
+    plan = replace(plan, activations=rounded)
+    return Planned(model, priced.samples, plan, priced.statistics, predicted, costs)
+
+
+def _other(job: Job, priced: Priced, progress: Progress) -> PrecisionPlan:
+    """The plan of a published strategy, which knows no other budget than a size."""
+    count = graph.parameters(priced.model)
+    budgets = Budgets.parse(job.budgets, count)
+    if job.rules or budgets.size is None or budgets.rate or budgets.divergence:
+        raise UsageError(f"--strategy {job.strategy} takes a size and neither --format nor --keep")
+    limit = budgets.size.limit(count) - priced.fixed_bytes
+    return strategies.STRATEGIES[job.strategy](priced.evidence(progress), limit)
 
 
 def _solve(

@@ -52,13 +52,16 @@ class FloatModel:
         """Whether the model gives logits: errors then count in nats of divergence."""
         return self.fetched == [LOGITS] or self.head is not None
 
-    def logits(self, hidden: Tensor, fetch: str = LOGITS) -> Tensor:
+    def logits(
+        self, hidden: Tensor, fetch: str = LOGITS, overrides: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """The logits [positions, vocabulary] of hidden states [positions, columns].
 
-        ``fetch`` may name another value that is computed from the hidden states alone.
+        ``fetch`` may name another value that is computed from the hidden states alone;
+        ``overrides`` replace weights.
         """
         assert self.hidden is not None
-        known = {self.hidden: hidden.unsqueeze(0)}
+        known = {**(overrides or {}), self.hidden: hidden.unsqueeze(0)}
         return self.interpreter.run({}, overrides=known, fetch=[fetch])[fetch][0]
 
     def is_layer(self, use: Use) -> bool:

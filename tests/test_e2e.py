@@ -16,13 +16,14 @@ import pytest
 
 from mxcompile import evaluate, graph, inspection, passes, target, weights
 from mxcompile.artifact import Artifact
-from mxcompile.compiler import Job, compile_model
+from mxcompile.compiler import Job, compile_model, price_model
 from mxcompile.errors import BudgetError, PlanError, UnsupportedError, UsageError, VerificationError
 from mxcompile.formats import FORMATS
 from mxcompile.pipeline import Context, Pipeline
 from mxcompile.plan import PrecisionPlan, TileFormats
 from mxcompile.progress import Progress
 from mxcompile.runtime import Program, Session
+from mxcompile.simulate import SimulatedSource
 from mxcompile.targets import packing
 from mxcompile.text import TextModel
 from tests import arm
@@ -121,6 +122,20 @@ def test_int8_activations_follow_their_emitted_onnx(
         found = session.feed(part, "all").reshape(len(part), -1).argmax(-1)
         agreement.append(found == onnx_logits(emitted, part).argmax(-1))
     assert np.concatenate(agreement).mean() >= 0.97
+
+
+def test_a_simulated_plan_is_the_emitted_one(
+    tinylm: Path, compile_tiny: Callable[[str], tuple[Artifact, Path]], tmp_path: Path
+) -> None:
+    built, emitted = compile_tiny("fp32")
+    job = Job(tinylm, "x86", ("4.2bit",), tmp_path / "out.mxc", cache=tinylm.parent)
+    evidence = price_model(job, Progress()).evidence(Progress())
+    tokens = list(range(50, 150))
+    source = SimulatedSource(evidence.watched, evidence.replaced(built.plan()))
+    found = np.concatenate(list(source.logits(tokens)))
+    expected = onnx_logits(emitted, tokens)
+    # Sums in another order, through six layers; a code of difference would be thousands of these.
+    np.testing.assert_allclose(found, expected, atol=256 * 2**-23 * np.abs(expected).max())
 
 
 def test_one_token_at_a_time_equals_all_at_once(
