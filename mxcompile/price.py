@@ -21,7 +21,7 @@ from mxcompile.statistics import Statistics
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Changes whenever the quantizers give other codes for the same weights and statistics."""
 
 BLOCK: Final = 1 << 23
