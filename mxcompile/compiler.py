@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from mxcompile.budget import Budgets
 from mxcompile.errors import PlanError, UsageError
 from mxcompile.instruments import Dump, Verify
 from mxcompile.latency import Latency
+from mxcompile.passes import sort_vocabulary
 from mxcompile.pipeline import Context, Instrument, Pipeline
 from mxcompile.plan import PrecisionPlan, Rule
 from mxcompile.price import Costs
@@ -143,11 +144,12 @@ def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
 
 def sweep_budgets(job: Job, progress: Progress) -> list[dict[str, float]]:
     """Bytes, bits a weight and predicted damage of the best plans from least to most bytes."""
-    model, samples, fixed = _prepare(job, target.find(job.target), progress)
+    where = target.find(job.target)
+    model, samples = _prepare(job, where, progress)
     kept = _kept(job, samples)
-    collect = partial(_statistics, job, model, samples, kept, progress)
-    costs = _prices(model, collect, kept, progress).bind(job.rules)
-    count = graph.parameters(model)
+    model, statistics = _observed(job, where, model, samples, kept, progress)
+    costs = _prices(model, statistics, kept, progress).bind(job.rules)
+    count, fixed = graph.parameters(model), _fixed_bytes(model)
     return [
         {
             "weight_bytes": size + fixed,
@@ -186,14 +188,14 @@ def _run(job: Job, pipeline: str, model: ir.Model, ctx: Context) -> ir.Model:
     return Pipeline.parse(pipeline, passes.REGISTRY).run(model, ctx, watchers)
 
 
-def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Model, Samples, int]:
-    """The canonical model, samples, and the bytes of the weight file that no plan changes."""
+def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Model, Samples]:
+    """The canonical model, and samples."""
     with progress.stage("load"):
         model = graph.load(job.model)
         graph.fix_shapes(model, dict(map(_parse_shape, job.shapes)))
         model = _run(job, passes.FRONT, model, Context(where))
         samples = Samples.find(model, job.model, job.calibration)
-    return model, samples, _fixed_bytes(model)
+    return model, samples
 
 
 def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
@@ -205,17 +207,20 @@ def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _fixed_bytes(model: ir.Model) -> int:
-    """What the weight file holds besides packed tiles: float tensors, tile tables, its header."""
+    """What the weight file holds besides packed tiles: other tensors, tile tables, its header."""
     units = graph.units(model)
     planned = {u.name for u in units}
-    floats = [
-        v
+    others = [
+        (name, v.const_value)
         for name, v in model.graph.initializers.items()
-        if name not in planned and v.dtype == ir.DataType.FLOAT and v.const_value is not None
+        if name not in planned and v.const_value is not None
     ]
-    data = sum(v.const_value.nbytes for v in floats if v.const_value is not None)
+    others = [
+        (n, t) for n, t in others if t.dtype == ir.DataType.FLOAT or t.size > lower.MAX_INLINE
+    ]
+    data = sum(tensor.nbytes for _, tensor in others)
     tables = sum(u.tiles * TILE_ENTRY_BYTES for u in units)
-    names = sum(len(graph.name(v)) + HEADER_BYTES for v in floats)
+    names = sum(len(name) + HEADER_BYTES for name, _ in others)
     return data + tables + names + sum(2 * (len(u.name) + HEADER_BYTES) for u in units)
 
 
@@ -247,14 +252,30 @@ def _statistics(
     return collect() if kept is None else calibrate.cached(Path(f"{kept}.safetensors"), collect)
 
 
+def _observed(
+    job: Job,
+    where: target.Target,
+    model: ir.Model,
+    samples: Samples,
+    kept: Path | None,
+    progress: Progress,
+) -> tuple[ir.Model, Statistics]:
+    """The model with its vocabulary sorted, and what it does on the samples."""
+    statistics = _statistics(job, model, samples, kept, progress)
+    ordered = _run(job, passes.SORT, model, Context(where, statistics=statistics))
+    for unit, order in sort_vocabulary.orders(ordered).items():
+        statistics = statistics.sorted(unit, order)
+    return ordered, statistics
+
+
 def _prices(
-    model: ir.Model, statistics: Callable[[], Statistics], kept: Path | None, progress: Progress
+    model: ir.Model, statistics: Statistics, kept: Path | None, progress: Progress
 ) -> Costs:
     """What every tile costs in every format; kept beside the statistics."""
     units = graph.units(model)
 
     def make() -> Costs:
-        return price.price(partial(graph.weight, model), units, statistics(), progress=progress)
+        return price.price(partial(graph.weight, model), units, statistics, progress=progress)
 
     if kept is None:
         return make()
@@ -269,16 +290,16 @@ def _prices(
 
 def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
     Budgets.parse(job.budgets, 1)  # a budget that cannot be read is refused before the work
-    model, samples, fixed = _prepare(job, where, progress)
+    model, samples = _prepare(job, where, progress)
     plan = _read_plan(job.plan, model) if job.plan is not None else None
     kept = _kept(job, samples)
-    statistics = _statistics(job, model, samples, kept, progress)
+    model, statistics = _observed(job, where, model, samples, kept, progress)
     if plan is not None:
         if not plan.activations or job.activations != AUTO:
             plan = replace(plan, activations=choose_activations(model, statistics, job.activations))
         return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
-    costs = _prices(model, lambda: statistics, kept, progress)
-    found = _solve(job, model, costs, fixed, progress)
+    costs = _prices(model, statistics, kept, progress)
+    found = _solve(job, model, costs, _fixed_bytes(model), progress)
     rounded = choose_activations(model, statistics, job.activations)
     plan = replace(found.plan, activations=rounded)
     return Planned(model, samples, plan, statistics, _predictions(found, model))
@@ -328,7 +349,7 @@ def _read_plan(path: Path, model: ir.Model) -> PrecisionPlan:
 def _manifest(
     job: Job, where: target.Target, planned: Planned, lowered: lower.Lowered
 ) -> artifacts.Manifest:
-    text = ",".join((passes.FRONT, passes.QUANTIZE, passes.FUSE))
+    text = ",".join((passes.FRONT, passes.SORT, passes.QUANTIZE, passes.FUSE))
     decoder = bool(lowered.caches)
     keys = lowered.caches[::2]
     layers = tuple(artifacts.CacheLayer(int(k.shape[1]), int(k.shape[3])) for k in keys)

@@ -14,9 +14,9 @@ by how frequent they are.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
 import safetensors.torch
@@ -35,8 +35,12 @@ Factors: TypeAlias = Mapping[str, tuple[float, ...]]
 SHRINK: Final = 0.2
 """The share of a row's weight that it gets from the mean of the rows around it."""
 
-AROUND: Final = 4096
-"""How many rows these are: all of a layer's, some of a vocabulary's."""
+AROUND: Final = 64
+LEAST_AROUND: Final = 256
+"""What part of the rows these are, and the least of them that make a mean."""
+
+_BLOCK: Final = 1 << 14
+"""Rows that are squared at a time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,18 +55,26 @@ class UseStatistics:
             ``E[(dL/de)**2]`` of what is looked up.
         rows: How much an error in each row counts, float32 [rows]: ``E[(dL/dy_o)**2]`` of a layer's
             outputs, ``E[p_o (1 - p_o)]`` of a head's, how often a token reads an embedding's row.
+        order: Which of these each row of the weight is, int64 [rows], where it was sorted.
     """
 
     kind: UseKind
     source: str
     moment: Array
     rows: Array
+    order: Array | None = None
+
+    @property
+    def weights(self) -> Array:
+        """How much an error in each row of the weight is taken to count, float32 [rows]."""
+        weights = shrunk(self.rows)
+        return weights if self.order is None else weights[self.order]
 
     def errors(self, delta: Tensor, start: int = 0) -> Tensor:
         """``r_o dW_o M dW_o^T`` of the rows from ``start`` on."""
         moment = torch.from_numpy(self.moment)
         met = delta @ moment if moment.dim() == 2 else delta * moment
-        weights = torch.from_numpy(shrunk(self.rows))
+        weights = torch.from_numpy(self.weights)
         return weights[start : start + len(delta)] * (met * delta).sum(1)
 
     @property
@@ -73,7 +85,7 @@ class UseStatistics:
 
 def shrunk(rows: Array) -> Array:
     """Rows' weights, moved towards their neighbours' mean: what was not met is not free."""
-    count = min(AROUND, len(rows))
+    count = min(max(len(rows) // AROUND, LEAST_AROUND), len(rows))
     sums = np.concatenate([[0.0], np.cumsum(rows, dtype=np.float64)])
     first = np.clip(np.arange(len(rows)) - count // 2, 0, len(rows) - count)
     mean = (sums[first + count] - sums[first]) / count
@@ -102,6 +114,23 @@ class Statistics:
         """The damage of errors in the rows of a unit from ``start`` on, [rows]."""
         parts = zip(self.uses[unit], self.factors[unit], strict=True)
         return sum((f * use.errors(delta, start) for use, f in parts), torch.zeros(len(delta)))
+
+    def order(self, unit: str, weight: Array) -> Array:
+        """The rows of a unit [rows, columns] by falling damage of errors that are as large as they.
+
+        Quantizers leave errors in proportion to the weights, whatever the format.
+        """
+        damage = np.zeros(len(weight))
+        for use, f in zip(self.uses[unit], self.factors[unit], strict=True):
+            for start in range(0, len(weight), _BLOCK):
+                part = slice(start, start + _BLOCK)
+                damage[part] += f * use.weights[part] * (np.square(weight[part]) @ use.diagonal)
+        return np.argsort(-damage, kind="stable")
+
+    def sorted(self, unit: str, order: Array) -> Self:
+        """The same of a unit whose rows were put in another order."""
+        uses = tuple(replace(use, order=order) for use in self.uses[unit])
+        return replace(self, uses={**self.uses, unit: uses})
 
     def moment(self, unit: str) -> Array:
         """What all uses of a unit meet, for the quantizers: [columns, columns] or [columns]."""

@@ -22,6 +22,7 @@ import onnxruntime
 from contenders import MIXED, UNIFORM, Workshop, fitting, interpolated
 from numpy.typing import NDArray
 
+from mxcompile.activations import AUTO, CHOICES
 from mxcompile.artifact import Artifact
 from mxcompile.runtime import Program
 from mxcompile.text import TextModel
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--bits", default="4.2,3.0", help="budgets of the mixed plans")
-    parser.add_argument("--activations", choices=("int8", "fp32"), default="int8")
+    parser.add_argument("--activations", choices=CHOICES, default=AUTO)
     parser.add_argument("--folder", type=Path, help="keep what was compiled here")
     parser.add_argument("--cache", type=Path, help="of statistics and prices")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")

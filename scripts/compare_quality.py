@@ -28,6 +28,7 @@ from contenders import MIXED, UNIFORM, Workshop, fitting, interpolated
 from plot import Series, plot
 
 from mxcompile import evaluate, progress
+from mxcompile.activations import AUTO, CHOICES
 from mxcompile.files import whole
 from mxcompile.runtime import Program
 from mxcompile.text import TextModel
@@ -197,7 +198,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, action="append", help="repeatable")
     parser.add_argument("--tokens", type=int, default=16384, help="of each text")
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--activations", choices=("int8", "fp32"), default="int8")
+    parser.add_argument("--activations", choices=CHOICES, default=AUTO)
     parser.add_argument("--folder", type=Path, help="keep what was compiled and measured here")
     parser.add_argument("--cache", type=Path, help="of statistics and prices")
     parser.add_argument("--plot", type=Path, help="write an SVG")

@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from mxcompile import artifact as artifacts
 from mxcompile import progress
+from mxcompile.activations import AUTO, Choice
 from mxcompile.artifact import Artifact
 from mxcompile.compiler import Job, compile_model
 from mxcompile.formats import FORMATS
@@ -42,7 +42,7 @@ class Workshop:
     model: Path
     folder: Path
     cache: Path | None = None
-    activations: Literal["int8", "fp32"] = "int8"
+    activations: Choice = AUTO
 
     def contenders(self, bits: Sequence[float]) -> Iterator[Contender]:
         """A mixed plan for each of ``bits``, then the uniform plans next to each size."""
