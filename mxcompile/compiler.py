@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +33,7 @@ from mxcompile.evidence import Evidence
 from mxcompile.formats import FORMATS
 from mxcompile.instruments import Dump, Verify
 from mxcompile.latency import Latency
+from mxcompile.passes import sort_vocabulary
 from mxcompile.pipeline import Context, Instrument, Pipeline
 from mxcompile.plan import CODEBOOK_BYTES, PrecisionPlan, Rule
 from mxcompile.price import Costs
@@ -210,23 +211,25 @@ def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
 
 def price_model(job: Job, progress: Progress) -> Priced:
     """All that plans are made from, whatever the budget."""
-    model, samples, fixed = _prepare(job, target.find(job.target), progress)
+    where = target.find(job.target)
+    model, samples = _prepare(job, where, progress)
     if not graph.units(model):
         raise UnsupportedError(f"{job.model} has no weight that is large enough to plan")
     kept = _kept(job, samples)
-    statistics = _statistics(job, model, samples, kept, progress)
-    costs = _prices(job, model, lambda: statistics, kept, progress)
+    model, statistics = _observed(job, where, model, samples, kept, progress)
+    costs = _prices(job, model, statistics, kept, progress)
     codes = None if kept is None else Path(f"{kept}.codes-{price.VERSION}")
-    return Priced(model, samples, fixed, statistics, costs, codes)
+    return Priced(model, samples, _fixed_bytes(model), statistics, costs, codes)
 
 
 def sweep_budgets(job: Job, progress: Progress) -> list[dict[str, float]]:
     """Bytes, bits a weight and predicted damage of the best plans from least to most bytes."""
-    model, samples, fixed = _prepare(job, target.find(job.target), progress)
+    where = target.find(job.target)
+    model, samples = _prepare(job, where, progress)
     kept = _kept(job, samples)
-    collect = partial(_statistics, job, model, samples, kept, progress)
-    costs = _prices(job, model, collect, kept, progress).bind(job.rules)
-    count = graph.parameters(model)
+    model, statistics = _observed(job, where, model, samples, kept, progress)
+    costs = _prices(job, model, statistics, kept, progress).bind(job.rules)
+    count, fixed = graph.parameters(model), _fixed_bytes(model)
     return [
         {
             "weight_bytes": size + fixed,
@@ -265,14 +268,14 @@ def _run(job: Job, pipeline: str, model: ir.Model, ctx: Context) -> ir.Model:
     return Pipeline.parse(pipeline, passes.REGISTRY).run(model, ctx, watchers)
 
 
-def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Model, Samples, int]:
-    """The canonical model, samples, and the bytes of the weight file that no plan changes."""
+def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Model, Samples]:
+    """The canonical model, and samples."""
     with progress.stage("load"):
         model = graph.load(job.model)
         graph.fix_shapes(model, dict(map(_parse_shape, job.shapes)))
         model = _run(job, passes.FRONT, model, Context(where))
         samples = Samples.find(model, job.model, job.calibration)
-    return model, samples, _fixed_bytes(model)
+    return model, samples
 
 
 def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
@@ -284,19 +287,22 @@ def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _fixed_bytes(model: ir.Model) -> int:
-    """What the weight file holds besides packed tiles: float tensors, tile tables, its header."""
+    """What the weight file holds besides packed tiles: other tensors, tile tables, its header."""
     units = graph.units(model)
     planned = {u.name for u in units}
-    floats = [
-        v
+    others = [
+        (name, v.const_value)
         for name, v in model.graph.initializers.items()
-        if name not in planned and v.dtype == ir.DataType.FLOAT and v.const_value is not None
+        if name not in planned and v.const_value is not None
     ]
-    data = sum(v.const_value.nbytes for v in floats if v.const_value is not None)
+    others = [
+        (n, t) for n, t in others if t.dtype == ir.DataType.FLOAT or t.size > lower.MAX_INLINE
+    ]
+    data = sum(tensor.nbytes for _, tensor in others)
     # A plan may take as many codebooks for each weight.
     codebooks = CODEBOOK_BYTES * sum(bool(fmt.codebook) for fmt in FORMATS.values())
     tables = sum(u.tiles * TILE_ENTRY_BYTES + codebooks for u in units)
-    names = sum(len(graph.name(v)) + HEADER_BYTES for v in floats)
+    names = sum(len(name) + HEADER_BYTES for name, _ in others)
     return data + tables + names + sum(2 * (len(u.name) + HEADER_BYTES) for u in units)
 
 
@@ -328,12 +334,24 @@ def _statistics(
     return collect() if kept is None else calibrate.cached(Path(f"{kept}.safetensors"), collect)
 
 
-def _prices(
+def _observed(
     job: Job,
+    where: target.Target,
     model: ir.Model,
-    statistics: Callable[[], Statistics],
+    samples: Samples,
     kept: Path | None,
     progress: Progress,
+) -> tuple[ir.Model, Statistics]:
+    """The model with its vocabulary sorted, and what it does on the samples."""
+    statistics = _statistics(job, model, samples, kept, progress)
+    ordered = _run(job, passes.SORT, model, Context(where, statistics=statistics))
+    for unit, order in sort_vocabulary.orders(ordered).items():
+        statistics = statistics.sorted(unit, order)
+    return ordered, statistics
+
+
+def _prices(
+    job: Job, model: ir.Model, statistics: Statistics, kept: Path | None, progress: Progress
 ) -> Costs:
     """What every tile costs in every format that it may get; kept beside the statistics."""
     units = graph.units(model)
@@ -342,7 +360,7 @@ def _prices(
 
     def make() -> Costs:
         weights = partial(graph.weight, model)
-        return price.price(weights, units, statistics(), formats, progress=progress)
+        return price.price(weights, units, statistics, formats, progress=progress)
 
     if kept is None:
         return make()
@@ -360,9 +378,9 @@ def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
     strategies.find(job.strategy)
     if job.plan is None:
         return _choose(job, where, price_model(job, progress), progress)
-    model, samples, _ = _prepare(job, where, progress)
+    model, samples = _prepare(job, where, progress)
     plan = _read_plan(job.plan, model)
-    statistics = _statistics(job, model, samples, _kept(job, samples), progress)
+    model, statistics = _observed(job, where, model, samples, _kept(job, samples), progress)
     if not plan.activations or job.activations != AUTO:
         plan = replace(plan, activations=choose_activations(model, statistics, job.activations))
     return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
@@ -453,7 +471,7 @@ def _read_plan(path: Path, model: ir.Model) -> PrecisionPlan:
 def _manifest(
     job: Job, where: target.Target, planned: Planned, lowered: lower.Lowered
 ) -> artifacts.Manifest:
-    text = ",".join((passes.FRONT, passes.QUANTIZE, passes.FUSE))
+    text = ",".join((passes.FRONT, passes.SORT, passes.QUANTIZE, passes.FUSE))
     decoder = bool(lowered.caches)
     keys = lowered.caches[::2]
     layers = tuple(artifacts.CacheLayer(int(k.shape[1]), int(k.shape[3])) for k in keys)

@@ -36,6 +36,9 @@ from mxcompile.relax_ops import (
 from mxcompile.target import Target
 from mxcompile.targets import cpu_attention, cpu_matmul, cpu_norm, cpu_schedule, packing
 
+MAX_INLINE: Final = 64
+"""Integers of a tensor that becomes part of the code; more go to the weight file."""
+
 SMALL: Final = 8
 """Constants of up to so many numbers (scales, exponents) go into the code, not the weight file."""
 
@@ -217,7 +220,7 @@ def _collect_weights(builder: _Builder) -> None:
         for value in node.inputs:
             if value is None or value.const_value is None or value.const_value.size <= SMALL:
                 continue
-            if value.dtype == ir.DataType.FLOAT or value.const_value.size > 64:
+            if value.dtype == ir.DataType.FLOAT or value.const_value.size > MAX_INLINE:
                 builder.weights.setdefault(graph.name(value), graph.array(value))
 
 
