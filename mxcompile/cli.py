@@ -636,9 +636,7 @@ def _deploy(args: argparse.Namespace) -> None:
     from mxcompile.deploy import deploy
 
     shown = _progress(args)
-    made = deploy(
-        args.artifact, args.output, wheels=args.wheels, compiler=args.cxx, progress=shown
-    )
+    made = deploy(args.artifact, args.output, wheels=args.wheels, compiler=args.cxx, progress=shown)
     size = made.archive.stat().st_size
     beside = made.bytes_beside_model
     data = {

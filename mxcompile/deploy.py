@@ -1,4 +1,4 @@
-"""Deploying: an artifact, the runner and TVM's runtime in one archive that a device unpacks and runs.
+"""Deploying: an artifact, the runner and TVM's runtime, packed for a device to unpack and run.
 
 The runner (``targets/runner``, C++17) is compiled here for the device's kind of machine, which the
 artifact's code tells, and kept for the next time. TVM's runtime libraries are those of the wheels
@@ -43,7 +43,8 @@ LIBRARIES: Final = {
 
 HEADERS: Final = "tvm_ffi/include"
 PRODUCTS: Final = ("mxrun", "libmxrun.so")
-FLAGS: Final = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden")
+FLAGS: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
+RELEASE: Final = ("-O2",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ def deploy(
         with progress.stage("runner"):
             built = build_runner(found, compiler, cache or Path.home() / CACHE)
         members = {f"{name}/{path.name}": path for path in (*built, *found.libraries)}
-        members[f"{name}/mxrun.h"] = _sources() / "mxrun.h"
+        members[f"{name}/mxrun.h"] = sources() / "mxrun.h"
         members |= {f"{name}/licenses/{title}": path for title, path in found.licenses()}
         members |= {
             f"{name}/{folder.absolute().name}/{member}": artifact.folder / member
@@ -221,7 +222,8 @@ def _unpack(wheel: Path, folder: Path) -> None:
 # The runner
 
 
-def _sources() -> Path:
+def sources() -> Path:
+    """The folder of the runner's sources and its header."""
     return Path(str(importlib.resources.files("mxcompile.targets"))) / "runner"
 
 
@@ -242,32 +244,41 @@ def compiler_for(machine: str, command: str | None) -> list[str]:
     return words
 
 
-def build_runner(found: Runtime, command: str | None, cache: Path) -> list[Path]:
+def build_runner(
+    found: Runtime, command: str | None, cache: Path, flags: Sequence[str] = RELEASE
+) -> list[Path]:
     """Compile the runner for a runtime, or find it in ``cache``: mxrun, and the same as a library.
+
+    Args:
+        found: which is linked.
+        command: the C++ compiler for its kind of machine; None for a usual name.
+        cache: a folder.
+        flags: more of them, such as for sanitizers.
 
     Raises:
         UsageError: there is no compiler, or it fails.
     """
     compiler = compiler_for(found.machine, command)
-    sources = sorted(_sources().iterdir())
+    files = sorted(sources().iterdir())
     digest = hashlib.sha256()
-    for text in (*compiler, _run([*compiler, "--version"]), *FLAGS, *found.versions.values()):
+    version = _run([*compiler, "--version"])
+    for text in (*compiler, version, *FLAGS, *flags, *found.versions.values()):
         digest.update(text.encode() + b"\0")
-    for path in (*sources, *found.libraries):
+    for path in (*files, *found.libraries):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     folder = cache / f"runner-{found.machine}-{digest.hexdigest()[:16]}"
     built = [folder / name for name in PRODUCTS]
     if not all(path.is_file() for path in built):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as work:
-            _compile(compiler, found, sources, Path(work))
+            _compile([*compiler, *flags], found, files, Path(work))
             for path in built:
                 with whole(path) as draft:
-                    shutil.copyfile(Path(work) / path.name, draft)
+                    shutil.copy(Path(work) / path.name, draft)
     return built
 
 
-def _compile(compiler: Sequence[str], found: Runtime, sources: Sequence[Path], work: Path) -> None:
+def _compile(compiler: Sequence[str], found: Runtime, files: Sequence[Path], work: Path) -> None:
     """Compile into ``work``: each file by itself, two at a time, then link both products."""
     flags = [
         *FLAGS,
@@ -275,7 +286,7 @@ def _compile(compiler: Sequence[str], found: Runtime, sources: Sequence[Path], w
         f'-DMXRUN_TVM_VERSION="{found.versions["tvm"]}"',
         f'-DMXRUN_TVM_FFI_VERSION="{found.versions["tvm_ffi"]}"',
     ]
-    code = [path for path in sources if path.suffix == ".cpp"]
+    code = [path for path in files if path.suffix == ".cpp"]
     objects = [str(work / f"{path.stem}.o") for path in code]
     with ThreadPoolExecutor(2) as pool:
         commands = [

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-CATEGORIES = (
-    "Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co Cn"
-).split()
+NAMES = "LuLlLtLmLoMnMcMeNdNlNoPcPdPsPePiPfPoSmScSkSoZsZlZpCcCfCsCoCn"
+CATEGORIES = [NAMES[i : i + 2] for i in range(0, len(NAMES), 2)]
 SURROGATES = range(0xD800, 0xE000)
 CHARACTERS = [c for c in range(sys.maxunicode + 1) if c not in SURROGATES]
 HEADER = "// Written by scripts/make_unicode_tables.py.\n"
@@ -43,9 +42,11 @@ def array(kind: str, name: str, values: Iterable[str]) -> str:
         if len(lines[-1]) + len(word) > 96:
             lines.append("")
         lines[-1] += f" {word},"
-    return f"constexpr {kind} {name}[{len(words)}] = {{\n" + "\n".join(
-        f"   {line}" for line in lines
-    ) + "\n};\n"
+    return (
+        f"constexpr {kind} {name}[{len(words)}] = {{\n"
+        + "\n".join(f"   {line}" for line in lines)
+        + "\n};\n"
+    )
 
 
 def decompositions() -> list[tuple[int, int, int]]:
@@ -64,10 +65,21 @@ def composes(c: int) -> bool:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", chr(c))) == chr(c)
 
 
+def combining_class(c: int) -> int:
+    """Python's canonical combining class, or 0 where the library's Unicode is too old for it."""
+    found = unicodedata.combining(chr(c))
+    last = "\u0345"  # of class 240, the highest: whatever has a class goes before it
+    if not 0 < found < 240:
+        return found
+    return found if normalizers.NFD().normalize_str(f"a{last}{chr(c)}")[-1] == last else 0
+
+
 def main() -> None:
     """Ask, check and write."""
     nfc = normalizers.NFC()
-    odd = [c for c in CHARACTERS if nfc.normalize_str(chr(c)) != unicodedata.normalize("NFC", chr(c))]
+    odd = [
+        c for c in CHARACTERS if nfc.normalize_str(chr(c)) != unicodedata.normalize("NFC", chr(c))
+    ]
     if odd:
         print(f"NFC of {len(odd)} characters differs from the library's, such as U+{odd[0]:04X}")
     kinds = {c: n for n, name in enumerate(CATEGORIES) for c in members(rf"\p{{{name}}}")}
@@ -91,9 +103,11 @@ def main() -> None:
     text += array(
         "uint32_t",
         "kCombiningRuns",
-        (f"{c << 8 | k:#x}" for c, k in runs(lambda c: unicodedata.combining(chr(c)))),
+        (f"{c << 8 | k:#x}" for c, k in runs(combining_class)),
     )
-    text += "\n// Canonical decompositions: character, first, second or 0, whether NFC composes it.\n"
+    text += (
+        "\n// Canonical decompositions: character, first, second or 0, whether NFC composes it.\n"
+    )
     text += array(
         "Decomposition",
         "kDecompositions",
