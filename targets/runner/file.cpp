@@ -23,8 +23,9 @@ struct Descriptor {
 
 }  // namespace
 
-Mapping::Mapping(const std::string& path) {
-    const Descriptor file{open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW)};
+Mapping::Mapping(const std::string& path, bool linked) {
+    const Descriptor file{
+        open(path.c_str(), O_RDONLY | O_CLOEXEC | (linked ? 0 : O_NOFOLLOW))};
     if (file.number < 0) {
         if (errno == ENOENT) fail(path + " is missing");
         if (errno == ELOOP) fail(path + " is a link, not a file of the artifact");

@@ -10,8 +10,8 @@ namespace mx {
 // A file's content, mapped for reading until the object goes.
 class Mapping {
 public:
-    // Throws Error when `path` cannot be opened, is a link or is not a file.
-    explicit Mapping(const std::string& path);
+    // Throws Error when `path` cannot be opened or is not a file; a link only if it may be `linked`.
+    explicit Mapping(const std::string& path, bool linked = false);
     ~Mapping();
     Mapping(const Mapping&) = delete;
     Mapping& operator=(const Mapping&) = delete;

@@ -62,7 +62,7 @@ mx::Tokenizer& tokenizer_of(mx_model& model) {
             }
             text = found->second->bytes();
         } else {
-            text = mx::Mapping(model.tokenizer_path).bytes();
+            text = mx::Mapping(model.tokenizer_path, true).bytes();
         }
         const mx::json::Document document(std::move(text), model.tokenizer_path);
         model.tokenizer.emplace(document);

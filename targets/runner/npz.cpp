@@ -183,7 +183,7 @@ std::string npy_of(const Tensor& tensor) {
 }  // namespace
 
 std::map<std::string, Tensor> read_npz(const std::string& path) {
-    const Mapping file(path);
+    const Mapping file(path, true);
     const Reader reader(file.bytes(), path);
     if (reader.size() < kEndSize) reader.complain("it is too short");
     size_t end = reader.size() - kEndSize;
