@@ -29,6 +29,7 @@ examples:
   mxcompile run model.mxc --prompt "The sea"
   mxcompile eval model.mxc --reference model.onnx --text book.txt
   mxcompile bench model.mxc -p 256 -n 64 -t 1,2
+  mxcompile deploy model.mxc -o device.tar.gz
 
 A first word that is not a verb is a model to compile.
 """
@@ -679,6 +680,40 @@ def _bench(args: argparse.Namespace) -> None:
     _show(args, rows, _table(head, lines))
 
 
+# deploy
+
+
+def _add_deploy(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("artifact", type=Path, metavar="OUT.mxc")
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DEVICE.tar.gz")
+    verb.add_argument(
+        "--wheels", type=Path, metavar="DIR", help="TVM's wheels for another kind of machine"
+    )
+    verb.add_argument("--cxx", metavar="COMMAND", help="the C++ compiler for that machine")
+
+
+def _deploy(args: argparse.Namespace) -> None:
+    from mxcompile.deploy import deploy
+
+    shown = _progress(args)
+    made = deploy(args.artifact, args.output, wheels=args.wheels, compiler=args.cxx, progress=shown)
+    size = made.archive.stat().st_size
+    beside = made.bytes_beside_model
+    data = {
+        "output": str(made.archive),
+        "machine": made.machine,
+        "bytes": size,
+        "bytes_beside_model": beside,
+        "files": made.files,
+        "seconds": shown.seconds,
+    }
+    text = (
+        f"{made.archive}: {_size(size)} for {made.machine}; unpacked, {_size(beside)} beside the "
+        "weights and the tokenizer"
+    )
+    _show(args, data, text)
+
+
 # inspect and list
 
 
@@ -791,6 +826,7 @@ _VERBS: Final[dict[str, tuple[_Add, _Run, str]]] = {
     "run": (_add_run, _run, "generate text, or run a model on arrays"),
     "eval": (_add_eval, _evaluate, "measure how far a model is from its reference"),
     "bench": (_add_bench, _bench, "measure tokens a second"),
+    "deploy": (_add_deploy, _deploy, "pack an artifact with all that a device needs to run it"),
     "inspect": (_add_inspect, _inspect, "show what an artifact, a plan or a model holds"),
     "list": (_add_list, _list, "list the targets, formats, passes or strategies"),
 }

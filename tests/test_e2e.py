@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
-from mxcompile import evaluate, graph, inspection, passes, target, weights
+from mxcompile import cli, evaluate, graph, inspection, passes, target, weights
 from mxcompile.artifact import Artifact
 from mxcompile.compiler import Job, compile_model, price_model
 from mxcompile.errors import BudgetError, PlanError, UnsupportedError, UsageError, VerificationError
@@ -106,6 +106,36 @@ def test_greedy_continuation_equals_the_emitted_onnx(
     # One run over what was generated tells what onnxruntime would have chosen at every step.
     expected = onnx_logits(emitted, tokens[:-1])[len(prompt) - 1 :].argmax(-1)
     assert tokens[len(prompt) :] == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-n", "100"],
+        ["-n", "300", "--temperature", "0.9", "--top-p", "0.8", "--seed", "5"],
+        ["-n", "300", "--temperature", "3", "--seed", "6", "--ignore-eos"],  # bytes at random
+    ],
+)
+def test_mxrun_writes_the_same_text(
+    compile_tiny: Callable[[str], tuple[Artifact, Path]],
+    mxrun: Path,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = str(compile_tiny("int8")[0].folder)
+    for extra in ([], ["--json"]):
+        arguments = [folder, "--prompt", PROMPT, *words, *extra, "-q"]
+        done = subprocess.run([mxrun, *arguments], capture_output=True, check=True)
+        assert cli.main(["run", *arguments]) == 0
+        found, expected = done.stdout.decode(), capsys.readouterr().out
+        if not extra:
+            assert found == expected
+            continue
+        ours, theirs = json.loads(found), json.loads(expected)
+        assert ours.keys() == theirs.keys()
+        assert [ours[key] for key in ("text", "tokens", "prompt_tokens")] == [
+            theirs[key] for key in ("text", "tokens", "prompt_tokens")
+        ]
 
 
 def test_int8_activations_follow_their_emitted_onnx(
