@@ -690,11 +690,10 @@ def _about(found: "Target") -> str:
 
 
 def _formats() -> list[dict[str, Any]]:
-    from mxcompile.formats import FORMATS, GROUP
+    from mxcompile.formats import FORMATS
 
     return [
-        {"name": f.name, "bits": f.bits, "description": f"{f.bits} bits a code, groups of {GROUP}"}
-        for f in FORMATS.values()
+        {"name": f.name, "bits": f.bits, "description": f.description} for f in FORMATS.values()
     ]
 
 

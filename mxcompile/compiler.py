@@ -28,10 +28,11 @@ from mxcompile.activations import AUTO, Choice, choose_activations
 from mxcompile.artifact import Artifact
 from mxcompile.budget import Budgets
 from mxcompile.errors import PlanError, UsageError
+from mxcompile.formats import FORMATS
 from mxcompile.instruments import Dump, Verify
 from mxcompile.latency import Latency
 from mxcompile.pipeline import Context, Instrument, Pipeline
-from mxcompile.plan import PrecisionPlan, Rule
+from mxcompile.plan import CODEBOOK_BYTES, PrecisionPlan, Rule
 from mxcompile.price import Costs
 from mxcompile.progress import Progress
 from mxcompile.samples import Samples
@@ -41,7 +42,7 @@ from mxcompile.statistics import Statistics
 HEADER_BYTES: Final = 90
 """The most that the weight file's header says of a tensor, besides its name."""
 
-TILE_ENTRY_BYTES: Final = 8
+TILE_ENTRY_BYTES: Final = 12
 """A row tile's entry in the table of formats and offsets."""
 
 SWEEP_POINTS: Final = 24
@@ -167,7 +168,7 @@ def sweep_budgets(job: Job, progress: Progress) -> list[dict[str, float]]:
     model, samples, fixed = _prepare(job, target.find(job.target), progress)
     kept = _kept(job, samples)
     collect = partial(_statistics, job, model, samples, kept, progress)
-    costs = _prices(model, collect, kept, progress).bind(job.rules)
+    costs = _prices(job, model, collect, kept, progress).bind(job.rules)
     count = graph.parameters(model)
     return [
         {
@@ -235,7 +236,9 @@ def _fixed_bytes(model: ir.Model) -> int:
         if name not in planned and v.dtype == ir.DataType.FLOAT and v.const_value is not None
     ]
     data = sum(v.const_value.nbytes for v in floats if v.const_value is not None)
-    tables = sum(u.tiles * TILE_ENTRY_BYTES for u in units)
+    # A plan may take as many codebooks for each weight.
+    codebooks = CODEBOOK_BYTES * sum(bool(fmt.codebook) for fmt in FORMATS.values())
+    tables = sum(u.tiles * TILE_ENTRY_BYTES + codebooks for u in units)
     names = sum(len(graph.name(v)) + HEADER_BYTES for v in floats)
     return data + tables + names + sum(2 * (len(u.name) + HEADER_BYTES) for u in units)
 
@@ -269,19 +272,26 @@ def _statistics(
 
 
 def _prices(
-    model: ir.Model, statistics: Callable[[], Statistics], kept: Path | None, progress: Progress
+    job: Job,
+    model: ir.Model,
+    statistics: Callable[[], Statistics],
+    kept: Path | None,
+    progress: Progress,
 ) -> Costs:
-    """What every tile costs in every format; kept beside the statistics."""
+    """What every tile costs in every format that it may get; kept beside the statistics."""
     units = graph.units(model)
+    named = {rule.format for rule in job.rules}
+    formats = [fmt for fmt in FORMATS.values() if fmt in price.PRICED or fmt in named]
 
     def make() -> Costs:
-        return price.price(partial(graph.weight, model), units, statistics(), progress=progress)
+        weights = partial(graph.weight, model)
+        return price.price(weights, units, statistics(), formats, progress=progress)
 
     if kept is None:
         return make()
     path = Path(f"{kept}.costs-{price.VERSION}.safetensors")
     with suppress(UsageError):
-        if (costs := price.load(path)).units == units:
+        if (costs := price.load(path)).units == units and set(formats) <= set(costs.formats):
             return costs
     costs = make()
     price.save(costs, path)
@@ -298,7 +308,7 @@ def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
         if not plan.activations or job.activations != AUTO:
             plan = replace(plan, activations=choose_activations(model, statistics, job.activations))
         return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
-    costs = _prices(model, lambda: statistics, kept, progress)
+    costs = _prices(job, model, lambda: statistics, kept, progress)
     found = _solve(job, where, model, costs, fixed, progress)
     rounded = choose_activations(model, statistics, job.activations)
     plan = replace(found.plan, activations=rounded)

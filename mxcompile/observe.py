@@ -289,6 +289,7 @@ class _Sample:
 def _variance(x: Tensor) -> Tensor:
     """The variance of the errors of rounding rows to int8, by element: ``step**2 / 12``."""
     columns = x.shape[-1]
-    padded = functional.pad(x, (0, -columns % GROUP)).unflatten(-1, (-1, GROUP))
+    padded = functional.pad(x, (0, -columns % GROUP)).reshape(*x.shape[:-1], -1, GROUP)
     steps = padded.abs().amax(-1) / ACTIVATION_FORMATS["int8"].top
-    return (steps.square() / 12).repeat_interleave(GROUP, -1)[..., :columns]
+    variance: Tensor = (steps.square() / 12).repeat_interleave(GROUP, -1)[..., :columns]
+    return variance

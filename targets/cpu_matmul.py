@@ -6,9 +6,10 @@ of groups, ``ceil(K / 32)``; ``W`` and ``table`` are the ``data`` and ``table`` 
 tile may be left out. ``W`` starts at a multiple of 64 bytes and its tiles lie in order::
 
     quantize_activation(X: f32 [M, K], Q: out i8 [M, D * 40 * G])
-    matmul_quantized(Q: i8 [M, D * 40 * G], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, N])
-    matmul_f32(X: f32 [M, K], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, N])
-    gather_rows(ids: i64 [M], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, K])
+    matmul_quantized(Q: i8 [M, D * 40 * G], W: u8 [bytes], table: i32 [tiles, 3],
+                     Y: out f32 [M, N])
+    matmul_f32(X: f32 [M, K], W: u8 [bytes], table: i32 [tiles, 3], Y: out f32 [M, N])
+    gather_rows(ids: i64 [M], W: u8 [bytes], table: i32 [tiles, 3], Y: out f32 [M, K])
 
 A quantized activation ``Q`` has a record of 40 bytes for every group: 32 int8, their scale as
 float32, their sum as int32. One stream a row is what lets 8 rows share the registers of a CPU. An
@@ -162,7 +163,7 @@ class MatmulKernel:
                     T.max(T.min(load(ids, i, lanes=1), weight.tiles * ROW_TILE - 1), T.int64(0))
                 )
                 for tile in weight.formats(
-                    row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE
+                    self.instructions, row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE
                 ):
                     _gather_row(tile, y, i)
 
@@ -180,7 +181,7 @@ class MatmulKernel:
         """
 
         def gemv(t: Expr) -> None:
-            for tile in weight.formats(t, count):
+            for tile in weight.formats(self.instructions, t, count):
                 block(tile, t, T.int64(0), 1)
 
         with T.If(m == 1):
@@ -197,7 +198,7 @@ class MatmulKernel:
                 first = hold(chunk * _CHUNK)
                 length = hold(T.min(m - first, T.int64(_CHUNK)))
                 with T.parallel(0, weight.tiles) as t:
-                    for tile in weight.formats(t, count):
+                    for tile in weight.formats(self.instructions, t, count):
                         done: Expr = T.int64(0)
                         for rows in sizes:
                             with T.serial(0, (length - done) // rows) as i:
@@ -365,8 +366,8 @@ def _dots_avx2(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list
     even one pair does: high and low nibbles are summed apart, and widening weighs them.
     """
     fmt = group.tile.fmt
-    nibbles = [(0, 1), (4, 16)] if fmt.bits == 8 else [(0, 1)]
-    top = 15 if fmt.bits == 8 else fmt.levels - 1 << group.tile.shift
+    nibbles = [(0, 1), (4, 16)] if fmt.value_bits == 8 else [(0, 1)]
+    top = 15 if fmt.value_bits == 8 else fmt.top << group.tile.shift
     step = min(QUADS, 32767 // (2 * 127 * top))
     dots = [_Register("int32x16") for _ in range(rows)]
     for first in range(0, QUADS, step):
@@ -374,7 +375,7 @@ def _dots_avx2(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list
         for quad in range(first, first + step):
             codes = hold(group.quad(quad))
             parts = [codes]
-            if fmt.bits == 8:
+            if fmt.value_bits == 8:
                 parts = [hold(codes >> _u32(shift) & _u32(0x0F0F0F0F)) for shift, _ in nibbles]
             for r, by_nibble in enumerate(sums):
                 x = T.reinterpret("int8x64", T.broadcast(word(r, 4 * quad), ROW_TILE))
@@ -394,14 +395,14 @@ def _dots_avx2(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list
     return [dot.get() for dot in dots]
 
 
-def _by_halves(name: str, dtype: str, *operands: Expr) -> Expr:
-    """An AVX2 operation on operands of 64 bytes, as two on 32."""
+def _by_halves(name: str, dtype: str, *operands: Expr, shrink: int = 2) -> Expr:
+    """An AVX2 operation on operands of 64 bytes, as two on 32; lanes become fewer by ``shrink``."""
 
     def half(vector: Expr, index: int) -> Expr:
         lanes = vector.ty.dtype.lanes // 2
         return T.Shuffle([vector], list(range(index * lanes, (index + 1) * lanes)))
 
-    lanes = operands[0].ty.dtype.lanes // 4
+    lanes = operands[0].ty.dtype.lanes // (2 * shrink)
     results = [
         T.call_llvm_pure_intrin(
             f"{dtype}x{lanes}", f"llvm.x86.avx2.{name}", *(half(o, index) for o in operands)
@@ -482,7 +483,7 @@ def _dots_neon(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list
     ``8 * 128 * 31 = 31744``; at 6 bits 4 quads do, and at 8 bits, where codes run from -128, one.
     """
     fmt = group.tile.fmt
-    top = 128 if fmt.bits == 8 else fmt.levels - 1 << group.tile.shift
+    top = 128 if fmt.value_bits == 8 else fmt.top << group.tile.shift
     step = min(QUADS, 32767 // (128 * top))
     pairs = [_Register("int32x32", 0) for _ in range(rows)]
     for first in range(0, QUADS, step):
@@ -515,13 +516,13 @@ def _by_quarters(name: str, sums: Expr, codes: Expr, words: Expr, i: int) -> Exp
 
 def _signed_quad(group: "_Group", quad: int) -> Expr:
     """A quad's codes as int8: all but those of 8 bits are, and these are less 128."""
-    codes = group.quad(quad, _unpack_bytes)
-    return codes ^ _u32(0x80808080) if group.tile.fmt.bits == 8 else codes
+    flip = 0x80 if group.tile.fmt.value_bits == 8 else 0
+    return group.quad(quad, _unpack_bytes, flip)
 
 
 def _signed_offset(group: "_Group", word: _Word, offset: _Offset, r: int) -> Expr:
     """The offset of row ``r`` for the codes of ``_signed_quad``: 128 times the sum comes back."""
-    if group.tile.fmt.bits < 8:
+    if group.tile.fmt.value_bits < 8:
         return offset(r)
     return offset(r) + T.broadcast(word(r, GROUP + 4) << 7, ROW_TILE)
 
@@ -594,7 +595,7 @@ class _Weight:
     def declare(cls) -> "_Weight":
         """Declares them as the next parameters."""
         size, tiles = symbol("size"), symbol("tiles")
-        return cls(param("W", (size,), "uint8"), param("table", (tiles, 2), "int32"))
+        return cls(param("W", (size,), "uint8"), param("table", (tiles, 3), "int32"))
 
     @property
     def tiles(self) -> Expr:
@@ -619,13 +620,17 @@ class _Weight:
             store(t, now + 1, 0)
         return hold(now)
 
-    def formats(self, t: Expr, count: Expr, row: Expr | None = None) -> Iterator["_Tile"]:
-        """Tile ``t`` of ``count`` groups once for every format, each time inside its branch."""
-        bits = hold(load(self.table, t, 0, lanes=1))
-        base = hold(T.cast(load(self.table, t, 1, lanes=1), "int64") * VECTOR)
-        for fmt in FORMATS.values():
-            with _when(bits == fmt.bits):
-                yield _Tile(self.data, base, count, fmt, row)
+    def formats(
+        self, instructions: Instructions, t: Expr, count: Expr, row: Expr | None = None
+    ) -> Iterator["_Tile"]:
+        """Tile ``t`` of ``count`` groups once for every layout, each time inside its branch."""
+        layout = hold(load(self.table, t, 0, lanes=1))
+        base, entries = (
+            hold(T.cast(load(self.table, t, i, lanes=1), "int64") * VECTOR) for i in (1, 2)
+        )
+        for fmt in {fmt.layout: fmt for fmt in FORMATS.values()}.values():
+            with _when(layout == fmt.layout):
+                yield _Tile(self.data, base, count, fmt, row, _Codebook(instructions, entries))
 
 
 @dataclass(frozen=True, slots=True)
@@ -637,6 +642,7 @@ class _Tile:
     count: Expr
     fmt: Format
     row: Expr | None
+    codebook: "_Codebook"
 
     @contextmanager
     def groups(self) -> Iterator["_Group"]:
@@ -669,13 +675,72 @@ class _Tile:
     @property
     def shift(self) -> int:
         """The bits that codes are shifted left by to make zero-points whole."""
-        return max(0, ZERO_BITS - self.fmt.bits)
+        return max(0, ZERO_BITS - self.fmt.value_bits)
 
     def lanes(self, start: Expr, dtype: str, size: int) -> Expr:
         """One value of ``size`` bytes a lane, of 16 values that start at ``start``."""
         if self.row is None:
             return T.reinterpret(f"{dtype}x16", load(self.data, start, lanes=ROW_TILE * size))
         return T.reinterpret(dtype, load(self.data, start + self.row * size, lanes=size))
+
+
+@dataclass(frozen=True, slots=True)
+class _Codebook:
+    """How the codes of a non-uniform format become the entries at ``start``."""
+
+    instructions: Instructions
+    start: Expr
+
+    def entries(self, tile: _Tile, codes: Expr, flip: int = 0) -> Expr:
+        """What 4 codes a lane, a byte each, look up, with the bits ``flip`` inverted."""
+        lookup = _LOOKUPS[self.instructions] if tile.row is None else _lookup_generic
+        return lookup(tile.data, self.start, codes, flip)
+
+
+def _entries(data: Any, start: Expr, lanes: int, flip: int) -> Expr:
+    return hold(load(data, start, lanes=lanes) ^ T.uint8(flip))
+
+
+def _lookup_vnni(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    entries = _entries(data, start, VECTOR, flip)
+    index = T.reinterpret("uint8x64", codes)
+    found = T.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.pshuf.b.512", entries, index)
+    return T.reinterpret("uint32x16", found)
+
+
+def _lookup_avx2(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    entries = _entries(data, start, VECTOR, flip)
+    found = _by_halves("pshuf.b", "uint8", entries, T.reinterpret("uint8x64", codes), shrink=1)
+    return T.reinterpret("uint32x16", found)
+
+
+def _lookup_neon(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    entries = _entries(data, start, VECTOR // 4, flip)
+    parts = _parts(T.reinterpret("uint8x64", codes), 4)
+    found = [_call("aarch64.neon.tbl1", "uint8x16", entries, part) for part in parts]
+    return T.reinterpret("uint32x16", _join(found))
+
+
+def _lookup_generic(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    """Reads an entry for every byte."""
+    found = None
+    for i in range(4):
+        index = start + _cast(codes >> _u32(8 * i) & _u32(255), "int64")
+        entry = (_cast(data[index], "uint32") ^ _u32(flip)) << _u32(8 * i)
+        found = entry if found is None else found | entry
+    return found
+
+
+_LOOKUPS: Final[dict[str, Callable[[Any, Expr, Expr, int], Expr]]] = {
+    "avx512vnni": _lookup_vnni,
+    "avxvnni": _lookup_avx2,
+    "avx2": _lookup_avx2,
+    "i8mm": _lookup_neon,
+    "dotprod": _lookup_neon,
+    "neon": _lookup_neon,
+    "generic": _lookup_generic,
+}
+"""Byte shuffles: from the data, where the entries start, codes, and bits to flip to entries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -693,8 +758,11 @@ class _Group:
         start = hold(self.index * GROUP)
         return start, hold(T.min(k - start, T.int64(GROUP)))
 
-    def quad(self, quad: int | Expr, unpack: "_Unpack | None" = None) -> Expr:
-        """The codes of 4 columns, a byte each, in units that make zero-points whole."""
+    def quad(self, quad: int | Expr, unpack: "_Unpack | None" = None, flip: int = 0) -> Expr:
+        """The codes of 4 columns, a byte each, in units that make zero-points whole.
+
+        With the bits ``flip`` of every code inverted, which costs nothing in a codebook.
+        """
         codes, low = None, 0
         for width in self.tile.fmt.planes:
             vector = low + quad * width // 8
@@ -704,7 +772,9 @@ class _Group:
                 words = (unpack or _unpack_words)(words, at, width, to)
             codes = words if codes is None else codes | words
             low += width
-        return codes
+        if self.tile.fmt.codebook:
+            return self.tile.codebook.entries(self.tile, codes, flip)
+        return codes ^ _u32(0x01010101 * flip) if flip else codes
 
     def scales(self) -> Expr:
         """The scales as float32."""
@@ -718,7 +788,7 @@ class _Group:
             words = words >> T.cast(T.ramp(0, 1, ROW_TILE) // 2 * 4, "uint32x16")
         else:
             words = T.cast(both >> T.cast(row % 2 * 32 + row // 2 * 4, "uint64"), "uint32")
-        shift = max(0, self.tile.fmt.bits - ZERO_BITS)
+        shift = max(0, self.tile.fmt.value_bits - ZERO_BITS)
         return _cast((words & _u32(15)) << _u32(shift), "int32")
 
     def float_zeros(self) -> Expr:

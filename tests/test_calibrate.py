@@ -131,9 +131,10 @@ def labelled(x: torch.Tensor) -> torch.Tensor:
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
-    by_group = x.unflatten(-1, (-1, 32))
+    by_group = x.reshape(*x.shape[:-1], -1, 32)
     step = by_group.abs().amax(-1, keepdim=True) / 127
-    return ((by_group / step).round() * step).flatten(-2)
+    result: torch.Tensor = ((by_group / step).round() * step).flatten(-2)
+    return result
 
 
 def test_rounding_of_activations_is_priced_as_it_harms(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mxcompile import target
 from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, GROUP, ActivationFormat, groups
 from mxcompile.plan import ROW_TILE, TileFormats
+from mxcompile.quantize import rows_by_format
 from mxcompile.targets import packing
 from mxcompile.targets.cpu_matmul import RECORD, Instructions, MatmulKernel, activation_bytes
 from tests import arm
@@ -71,6 +72,19 @@ def library(request: pytest.FixtureRequest) -> Library:
     return build(request.param)
 
 
+def random_codes(
+    rng: np.random.Generator, rows: int, columns: int, formats: TileFormats
+) -> NDArray[np.uint8]:
+    """Random codes of every format; those of a codebook are entries of a random one."""
+    codes = np.empty((rows, columns), np.uint8)
+    for fmt, index in rows_by_format(formats, rows):
+        values = np.arange(fmt.levels, dtype=np.uint8)
+        if fmt.codebook:
+            values = np.sort(rng.choice(256, fmt.levels, replace=False)).astype(np.uint8)
+        codes[index] = values[rng.integers(0, fmt.levels, (len(index), columns))]
+    return codes
+
+
 @dataclass(frozen=True)
 class Weight:
     packed: packing.Packed
@@ -79,14 +93,14 @@ class Weight:
     @classmethod
     def random(cls, rows: int, columns: int, formats: TileFormats, seed: int = 0) -> "Weight":
         rng = np.random.default_rng(seed)
-        bits = np.repeat([fmt.bits for fmt in formats.formats], ROW_TILE)[:rows, None]
-        codes = rng.integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
+        codes = random_codes(rng, rows, columns, formats)
+        steps = np.repeat([fmt.zero_step for fmt in formats.formats], ROW_TILE)[:rows, None]
         shape = (rows, groups(columns))
         scales, zeros = (rng.integers(0, top, shape, dtype=np.uint8) for top in (256, 16))
         row_scale = rng.uniform(-1e-3, 1e-3, rows).astype(np.float16)
         row_scale[0] = 2.0**-24  # the smallest subnormal
         scale, zero = (np.repeat(a, GROUP, 1)[:, :columns].astype(float) for a in (scales, zeros))
-        values = row_scale.astype(float)[:, None] * scale * (codes - zero * 2.0 ** (bits - 4))
+        values = row_scale.astype(float)[:, None] * scale * (codes - zero * steps)
         return cls(packing.pack(codes, scales, zeros, row_scale, formats), values)
 
     @property
@@ -141,7 +155,7 @@ def check_f32(library: Library, weight: Weight, x: F32) -> None:
 
 
 CHECKS = {"int8": check_int8, "int16": check_int16, "f32": check_f32}
-MIX = "int8,int2,int5,int3,int6,int4"
+MIX = "table4,int2,table3,int3,nf4,int4"
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
@@ -182,7 +196,7 @@ def test_the_worst_sums_do_not_overflow(library: Library) -> None:
     for fmt in FORMATS.values():
         ones = np.ones((ROW_TILE, 1), np.uint8)
         row_scale = np.ones(ROW_TILE, np.float16)
-        for code, zero in itertools.product((0, fmt.levels - 1), (0, 15)):
+        for code, zero in itertools.product((0, fmt.top), (0, 15)):
             codes = np.full((ROW_TILE, GROUP), code, np.uint8)
             packed = packing.pack(
                 codes, ones, ones * np.uint8(zero), row_scale, TileFormats((fmt,))
