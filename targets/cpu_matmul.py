@@ -516,8 +516,8 @@ def _by_quarters(name: str, sums: Expr, codes: Expr, words: Expr, i: int) -> Exp
 
 def _signed_quad(group: "_Group", quad: int) -> Expr:
     """A quad's codes as int8: all but those of 8 bits are, and these are less 128."""
-    codes = group.quad(quad, _unpack_bytes)
-    return codes ^ _u32(0x80808080) if group.tile.fmt.value_bits == 8 else codes
+    flip = 0x80 if group.tile.fmt.value_bits == 8 else 0
+    return group.quad(quad, _unpack_bytes, flip)
 
 
 def _signed_offset(group: "_Group", word: _Word, offset: _Offset, r: int) -> Expr:
@@ -691,43 +691,47 @@ class _Codebook:
     instructions: Instructions
     start: Expr
 
-    def entries(self, tile: _Tile, codes: Expr) -> Expr:
-        """What 4 codes a lane, a byte each, look up."""
+    def entries(self, tile: _Tile, codes: Expr, flip: int = 0) -> Expr:
+        """What 4 codes a lane, a byte each, look up, with the bits ``flip`` inverted."""
         lookup = _LOOKUPS[self.instructions] if tile.row is None else _lookup_generic
-        return lookup(tile.data, self.start, codes)
+        return lookup(tile.data, self.start, codes, flip)
 
 
-def _lookup_vnni(data: Any, start: Expr, codes: Expr) -> Expr:
-    entries = hold(load(data, start, lanes=VECTOR))
+def _entries(data: Any, start: Expr, lanes: int, flip: int) -> Expr:
+    return hold(load(data, start, lanes=lanes) ^ T.uint8(flip))
+
+
+def _lookup_vnni(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    entries = _entries(data, start, VECTOR, flip)
     index = T.reinterpret("uint8x64", codes)
     found = T.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.pshuf.b.512", entries, index)
     return T.reinterpret("uint32x16", found)
 
 
-def _lookup_avx2(data: Any, start: Expr, codes: Expr) -> Expr:
-    entries = hold(load(data, start, lanes=VECTOR))
+def _lookup_avx2(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    entries = _entries(data, start, VECTOR, flip)
     found = _by_halves("pshuf.b", "uint8", entries, T.reinterpret("uint8x64", codes), shrink=1)
     return T.reinterpret("uint32x16", found)
 
 
-def _lookup_neon(data: Any, start: Expr, codes: Expr) -> Expr:
-    entries = hold(load(data, start, lanes=16))
+def _lookup_neon(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    entries = _entries(data, start, VECTOR // 4, flip)
     parts = _parts(T.reinterpret("uint8x64", codes), 4)
-    found = _join([_call("aarch64.neon.tbl1", "uint8x16", entries, part) for part in parts])
-    return T.reinterpret("uint32x16", found)
+    found = [_call("aarch64.neon.tbl1", "uint8x16", entries, part) for part in parts]
+    return T.reinterpret("uint32x16", _join(found))
 
 
-def _lookup_generic(data: Any, start: Expr, codes: Expr) -> Expr:
+def _lookup_generic(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
     """Reads an entry for every byte."""
     found = None
     for i in range(4):
         index = start + _cast(codes >> _u32(8 * i) & _u32(255), "int64")
-        entry = _cast(data[index], "uint32") << _u32(8 * i)
+        entry = (_cast(data[index], "uint32") ^ _u32(flip)) << _u32(8 * i)
         found = entry if found is None else found | entry
     return found
 
 
-_LOOKUPS: Final[dict[str, Callable[[Any, Expr, Expr], Expr]]] = {
+_LOOKUPS: Final[dict[str, Callable[[Any, Expr, Expr, int], Expr]]] = {
     "avx512vnni": _lookup_vnni,
     "avxvnni": _lookup_avx2,
     "avx2": _lookup_avx2,
@@ -736,7 +740,7 @@ _LOOKUPS: Final[dict[str, Callable[[Any, Expr, Expr], Expr]]] = {
     "neon": _lookup_neon,
     "generic": _lookup_generic,
 }
-"""Byte shuffles: from the data, where the entries start, and codes to entries."""
+"""Byte shuffles: from the data, where the entries start, codes, and bits to flip to entries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -754,8 +758,11 @@ class _Group:
         start = hold(self.index * GROUP)
         return start, hold(T.min(k - start, T.int64(GROUP)))
 
-    def quad(self, quad: int | Expr, unpack: "_Unpack | None" = None) -> Expr:
-        """The codes of 4 columns, a byte each, in units that make zero-points whole."""
+    def quad(self, quad: int | Expr, unpack: "_Unpack | None" = None, flip: int = 0) -> Expr:
+        """The codes of 4 columns, a byte each, in units that make zero-points whole.
+
+        With the bits ``flip`` of every code inverted, which costs nothing in a codebook.
+        """
         codes, low = None, 0
         for width in self.tile.fmt.planes:
             vector = low + quad * width // 8
@@ -765,7 +772,9 @@ class _Group:
                 words = (unpack or _unpack_words)(words, at, width, to)
             codes = words if codes is None else codes | words
             low += width
-        return self.tile.codebook.entries(self.tile, codes) if self.tile.fmt.codebook else codes
+        if self.tile.fmt.codebook:
+            return self.tile.codebook.entries(self.tile, codes, flip)
+        return codes ^ _u32(0x01010101 * flip) if flip else codes
 
     def scales(self) -> Expr:
         """The scales as float32."""
