@@ -5,6 +5,7 @@ Every plan is quantized by the quantizer that ships, from the same statistics, a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,16 +96,13 @@ def _size(plan: PrecisionPlan, priced: Priced) -> dict[str, float]:
     return {"bytes": size, "bits_per_weight": 8 * size / graph.parameters(priced.model)}
 
 
+@dataclass(frozen=True, slots=True)
 class _Measured:
-    """Text or arrays, and the float model that answers to them."""
+    """What plans are measured on: windows of tokens for a language model, feeds for others."""
 
-    def __init__(
-        self,
-        watched: FloatModel,
-        windows: Sequence[Sequence[int]] = (),
-        feeds: Sequence[Feed] = (),
-    ) -> None:
-        self._watched, self._windows, self._feeds = watched, windows, feeds
+    watched: FloatModel
+    windows: Sequence[Sequence[int]] = ()
+    feeds: Sequence[Feed] = ()
 
     @classmethod
     def of(
@@ -121,11 +119,8 @@ class _Measured:
         if simulate.scores_tokens(watched):
             windows = evaluate.windows(tokenizer, content, tokens=tokens, context=context)
             return cls(watched, windows)
-        passages = _passages(tokenizer, content, tokens, context)
-        return cls(
-            watched,
-            feeds=[token_feeds(watched.model, np.array([row]))[0] for row in passages],
-        )
+        rows = [np.array([row]) for row in _passages(tokenizer, content, tokens, context)]
+        return cls(watched, feeds=[token_feeds(watched.model, row)[0] for row in rows])
 
     def all(self, evidence: Evidence, plans: Sequence[PrecisionPlan]) -> Iterator[dict[str, float]]:
         """The figures of every plan."""
@@ -135,15 +130,15 @@ class _Measured:
             yield from self._figures(weights, evidence.progress)
 
     def _figures(self, weights: Sequence[Values], progress: Progress) -> list[dict[str, float]]:
-        if self._windows:
-            exact, *rough = (SimulatedSource(self._watched, w) for w in ({}, *weights))
-            found = evaluate.compare_all(exact, rough, self._windows, progress)
+        if self.windows:
+            exact, *rough = (SimulatedSource(self.watched, w) for w in ({}, *weights))
+            found = evaluate.compare_all(exact, rough, self.windows, progress)
             return [{key: row[key] for key in OF_TEXT} for row in found]
         with progress.stage("evaluate", len(weights)) as advance:
             rows = []
-            expected = simulate.outputs(self._watched, {}, self._feeds)
+            expected = simulate.outputs(self.watched, {}, self.feeds)
             for each in weights:
-                answers = simulate.outputs(self._watched, each, self._feeds)
+                answers = simulate.outputs(self.watched, each, self.feeds)
                 rows.append(simulate.compare_outputs(expected, answers))
                 advance()
         return rows

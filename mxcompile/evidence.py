@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mxcompile import graph, probe
+from mxcompile.errors import UsageError
 from mxcompile.files import whole
 from mxcompile.float_model import LOGITS, Feed, FloatModel, by_position, flat, product, source
 from mxcompile.formats import Format
@@ -89,7 +90,11 @@ class Rounded:
     def _find(self, unit: Unit, fmt: Format) -> Quantized:
         if self.folder is None:
             return self._kept[unit.name, fmt]
-        return Quantized(**safetensors.numpy.load_file(self._path(self.folder, unit, fmt)))
+        path = self._path(self.folder, unit, fmt)
+        try:
+            return Quantized(**safetensors.numpy.load_file(path))
+        except (OSError, safetensors.SafetensorError, TypeError) as error:
+            raise UsageError(f"{path} cannot be read, remove it: {error}") from error
 
     @staticmethod
     def _path(folder: Path, unit: Unit, fmt: Format) -> Path:

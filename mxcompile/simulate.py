@@ -34,24 +34,34 @@ class SimulatedSource:
 
     def logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Run a window once, and its head chunk by chunk."""
-        watched, weights = self._watched, self._weights
-        feed = token_feeds(watched.model, np.array([tokens]))[0]
-        with torch.no_grad():
-            (value,) = watched.interpreter.run(
-                feed, overrides=weights, fetch=watched.fetched
-            ).values()
-            begin = 0
-            for chunk in chunks(tokens, self.vocabulary):
-                part = value[0, begin : begin + len(chunk)]
-                begin += len(chunk)
-                logits = part if watched.head is None else watched.logits(part, overrides=weights)
-                yield logits.numpy()
+        hidden = self._hidden(tokens)
+        begin = 0
+        for chunk in chunks(tokens, self.vocabulary):
+            yield self._head(hidden[begin : begin + len(chunk)])
+            begin += len(chunk)
+
+    # Sources take turns, so that none may be within a context of torch's when it yields.
+    @torch.no_grad()
+    def _hidden(self, tokens: Sequence[int]) -> Tensor:
+        """What the head reads, or the logits where there is none: [positions, width]."""
+        (feed,), fetch = token_feeds(self._watched.model, np.array([tokens])), self._watched.fetched
+        (value,) = self._watched.interpreter.run(
+            feed, overrides=self._weights, fetch=fetch
+        ).values()
+        return value[0]
+
+    @torch.no_grad()
+    def _head(self, hidden: Tensor) -> NDArray[np.float32]:
+        if self._watched.head is None:
+            return hidden.numpy()
+        return self._watched.logits(hidden, overrides=self._weights).numpy()
 
 
 def scores_tokens(watched: FloatModel) -> bool:
-    """Whether the model is a language model, which ``SimulatedSource`` takes."""
-    inputs = {v.name for v in watched.model.graph.inputs}
-    return watched.scores_labels and "input_ids" in inputs
+    """Whether the model has logits for every token, as ``SimulatedSource`` needs them."""
+    ranks = [len(v.shape or ()) for v in watched.model.graph.outputs if v.name == LOGITS]
+    reads_tokens = any(v.name == "input_ids" for v in watched.model.graph.inputs)
+    return watched.scores_labels and reads_tokens and ranks == [3]
 
 
 def outputs(

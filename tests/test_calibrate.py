@@ -178,6 +178,26 @@ def test_second_moments(language_model: ir.Model, tokens: np.ndarray, probed: St
         torch.testing.assert_close(moment, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
+def test_lookups_by_computed_indices_count(tokens: np.ndarray) -> None:
+    """As position tables are read: the indices are no input and nothing else needs them."""
+    model = build(
+        """
+        g (int64[batch, seq] input_ids) => (float[batch, seq, 32] y) {
+            ids = Add(input_ids, one)
+            e = Gather(table, ids)
+            y = Sigmoid(e)
+        }
+        """,
+        table=random(VOCABULARY, WIDTH, seed=0),
+        one=np.array(1, np.int64),
+    )
+    feeds = [{"input_ids": torch.from_numpy(row[None])} for row in tokens]
+    (use,) = (found := calibrate.collect(model, graph.uses(model), feeds)).uses["table"]
+    counts = np.bincount(tokens.flatten() + 1, minlength=VOCABULARY) / tokens.size
+    np.testing.assert_allclose(use.rows, counts, rtol=1e-5)
+    assert found.factors["table"] == (tokens.shape[1],)
+
+
 def test_positions_count_by_their_gradients(language_model: ir.Model, tokens: np.ndarray) -> None:
     """One sample: the moment of ``down`` is weighed with the squared slopes of what it computes."""
     w, ids = weights_of(language_model), tokens[:1]

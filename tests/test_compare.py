@@ -7,11 +7,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 
 from mxcompile import cli, compare, simulate
-from mxcompile.compiler import Job
+from mxcompile.compiler import Job, price_model
 from mxcompile.errors import BudgetError, UsageError
 from mxcompile.progress import Progress
+from mxcompile.simulate import SimulatedSource
 from tests import toy
 from tests.test_calibrate import LANGUAGE_MODEL, LINEAR, VOCABULARY, WIDTH, build, random
 
@@ -110,6 +112,16 @@ def test_rows_of_a_language_model(
         assert wide["kld_mean"] / 3 < wide["damage"] < 3 * wide["kld_mean"]
     html = (tmp_path / "out.html").read_text()
     assert html.count("<svg") == 2 and "MixLLM" in html
+
+
+def test_sources_that_take_turns_leave_gradients_on(decoder: Path) -> None:
+    watched = price_model(job(decoder, "5bit"), Progress()).evidence(Progress()).watched
+    rng = np.random.default_rng(0)
+    weights = {"gate": torch.from_numpy(rng.random((INNER, WIDTH), np.float32))}
+    sources = [SimulatedSource(watched, w) for w in ({}, weights)]
+    ((exact, rough),) = zip(*(s.logits([3, 4, 5]) for s in sources), strict=True)
+    assert exact.shape == (3, VOCABULARY) and not np.allclose(exact, rough)
+    assert torch.is_grad_enabled()
 
 
 def test_rows_of_an_encoder(encoder: Path, tmp_path: Path) -> None:
