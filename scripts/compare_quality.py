@@ -57,6 +57,8 @@ HEAD = (
     "top1_agreement",
 )
 
+SCHEMES = "Q8_0,Q6_K,Q5_K_M,Q4_K_M,Q4_0,IQ4_XS,Q3_K_M,Q2_K,Q5_0-pure,Q4_0-pure,IQ4_NL-pure"
+
 TOGETHER = 8
 """Models that are measured at once: the reference runs once for all of them."""
 
@@ -193,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--gguf", type=Path, help="the model's weights, for llama.cpp")
-    parser.add_argument("--schemes", default="Q8_0,Q6_K,Q5_K_M,Q4_K_M,Q4_0,IQ4_XS,Q3_K_M,Q2_K")
+    parser.add_argument("--schemes", default=SCHEMES, help="of llama.cpp; -pure: no exceptions")
     parser.add_argument("--bits", default="5.0,4.2,3.5,3.0", help="budgets of the mixed plans")
     parser.add_argument("--text", type=Path, required=True, action="append", help="repeatable")
     parser.add_argument("--tokens", type=int, default=16384, help="of each text")

@@ -26,6 +26,8 @@ from mxcompile.runtime import cores
 from mxcompile.samples import Samples
 
 FLOAT: Final = "F32"
+PURE: Final = "-pure"
+"""Ends the names of schemes that give every tensor one type, also the token table."""
 
 _SILENCE: Final = llama_cpp.llama_log_callback(lambda level, text, data: None)
 
@@ -38,7 +40,7 @@ def quantized(
     Args:
         source: The GGUF.
         model: The ONNX model that was exported from it.
-        schemes: Names of llama.cpp's file types, such as Q4_K_M; F32 is the float weights.
+        schemes: Names of llama.cpp's file types, such as Q4_K_M or Q4_0-pure.
         folder: Where files are written.
 
     Raises:
@@ -112,7 +114,8 @@ def quantize(
     Raises:
         UsageError: it has no such scheme, or fails.
     """
-    file_type = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{scheme}", None)
+    name = scheme.removesuffix(PURE)
+    file_type = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}", None)
     if file_type is None:
         raise UsageError(f"llama.cpp has no scheme '{scheme}'; some are Q4_0, Q4_K_M, IQ4_XS, Q2_K")
     entry = llama_cpp.llama_model_imatrix_data
@@ -123,6 +126,7 @@ def quantize(
     parts.append(entry(None, None, 0))
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = file_type
+    params.pure = scheme.endswith(PURE)
     params.nthread = cores()
     params.imatrix = (entry * len(parts))(*parts)
     if llama_cpp.llama_model_quantize(bytes(source), bytes(output), ctypes.byref(params)) != 0:
