@@ -54,6 +54,9 @@ COLUMNS: Final = 8
 _STAGED: Final = BLOCK * WORDS + 4
 """Words of an activation row in shared memory: a block of groups, and 4 against bank conflicts."""
 
+_AHEAD: Final = 2
+"""Groups whose codes wait in registers where many activation rows use each; else a whole block."""
+
 _QUANTIZERS: Final = 128
 """Threads of a block that quantizes activations, a group each."""
 
@@ -213,12 +216,13 @@ class CudaMatmul:
         All warps walk the blocks of 8 groups in step; a warp whose block does not exist adds zeros.
         """
         splits = self.splits if tiles == 1 else 1
+        ahead = BLOCK if batches == 1 else _AHEAD
         warps, rows = tiles * splits, batches * COLUMNS
 
         def body(block: Block) -> None:
             first_tile, first_row = block.index[0] * tiles, block.index[1] * rows
             staged = block.shared(splits * rows, _STAGED, dtype="int32")
-            codes, sides = block.private(BLOCK * 4, "int32"), block.private(BLOCK * 2, "int32")
+            codes, sides = block.private(ahead * 4, "int32"), block.private(ahead * 2, "int32")
             right, dot = block.private(2, "int32"), block.private(4, "int32")
             sums = block.private(4 * batches)
             rest = count % BLOCK
@@ -247,14 +251,14 @@ class CudaMatmul:
                         at = hold(first_group(index) * WORDS + column)
                         row = hold(T.min(first_row + line % rows, m - 1))
                         inside = T.And(index < blocks, at < count * WORDS)
-                        value = T.if_then_else(inside, q[row, T.min(at, count * WORDS - 1)], 0)
+                        value = T.if_then_else(inside, q[row, at // WORDS, at % WORDS], 0)
                         store(staged, value, line, column)
 
                     strided(t, warps * WARP, T.int64(splits * rows * BLOCK * WORDS), word)
 
                 return copy
 
-            def fetch(step: Expr) -> Callable[[Expr], None]:
+            def fetch(step: Expr, first: Expr) -> Callable[[Expr], None]:
                 def unpack(t: Expr) -> None:
                     codes.fill(t, T.int32(0))
                     sides.fill(t, T.int32(0))
@@ -263,9 +267,9 @@ class CudaMatmul:
                     with when(index < blocks):
                         for tile in weight.formats(tile_of(t), count):
                             run = tile.run(index)
-                            for i in range(BLOCK):
-                                with when(T.int64(i) < run.length):
-                                    group = run.group(T.int64(i))
+                            for i in range(ahead):
+                                with when(first + i < run.length):
+                                    group = run.group(first + i)
                                     for r in range(2):
                                         at = row + 8 * r
                                         sides.set(t, group.side(at), 2 * i + r)
@@ -275,12 +279,12 @@ class CudaMatmul:
 
                 return unpack
 
-            def multiply(i: Expr, batch: int) -> None:
+            def multiply(group: Expr, i: int, batch: int) -> None:
                 def line(t: Expr, column: Expr) -> Expr:
                     return t // WARP % splits * rows + batch * COLUMNS + column
 
                 def word(t: Expr, column: Expr, at: int | Expr) -> Expr:
-                    return load(staged, line(t, column), i * WORDS + at)
+                    return load(staged, line(t, column), group * WORDS + at)
 
                 def start(t: Expr) -> None:
                     lane = hold(t % WARP)
@@ -307,10 +311,12 @@ class CudaMatmul:
             block.phase(lambda t: sums.fill(t, T.float32(0)), barrier=False)
             with T.serial(T.int64(0), (blocks + splits - 1) // splits) as step:
                 block.phase(stage(step))
-                block.phase(fetch(step), barrier=False)
-                with T.unroll(0, BLOCK) as i:
-                    for batch in range(batches):
-                        multiply(i, batch)
+                with T.serial(T.int64(0), T.int64(BLOCK // ahead)) as part:
+                    first = hold(part * ahead)
+                    block.phase(fetch(step, first), barrier=False)
+                    for i in range(ahead):
+                        for batch in range(batches):
+                            multiply(first + i, i, batch)
                 block.phase(lambda t: None)  # the next step overwrites what is staged
             self._store_mma(block, weight, y, sums, (first_tile, first_row), m, count, splits)
 
@@ -372,11 +378,10 @@ def _int8_dots(
     q: Any, block: Block, group: "_Group", part: Expr, places: list[Expr], add: _Add
 ) -> None:
     words, sides = group.part(part)
-    start = hold(group.index * WORDS)
     records = [registers(WORDS, "int32") for _ in places]
     for record, place in zip(records, places, strict=True):
         for at in range(0, WORDS, 2):  # records are 8-byte aligned
-            store(record, load(q, place, start + at, lanes=2), at)
+            store(record, load(q, place, group.index, at, lanes=2), at)
     scales = [hold(T.cast(side & 255, "float32")) for side in sides]
     dots = [[(side >> 8) * record[WORDS - 1] for side in sides] for record in records]
     for quad in range(QUADS):
@@ -444,17 +449,17 @@ def _quantize_group(x: Any, q: Any, row: Expr, group: Expr) -> None:
     scale = hold(T.Select(small, T.float32(0), biggest / T.float32(127)))
     # A division, as QuantizeLinear does it: times the inverse, exact halves round the other way.
     divisor = hold(T.Select(small, T.float32(1), scale))
-    offset = T.reinterpret("int32", T.float32(_ROUND))
+    offset = T.reinterpret("int32", hold(T.float32(_ROUND)))
     with T.unroll(0, GROUP // 4) as quad:
         store(codes, T.int32(0), quad)
         for byte in range(4):
-            rounded = values[quad * 4 + byte] / divisor + T.float32(_ROUND)
+            rounded = hold(values[quad * 4 + byte] / divisor + T.float32(_ROUND))
             code = hold(T.reinterpret("int32", rounded) - offset)
             store(total, total[0] + code, 0)
             store(codes, codes[quad] | (code & 255) << (8 * byte), quad)
-        store(q, codes[quad], row, group * WORDS + quad)
-    store(q, T.reinterpret("int32", scale), row, group * WORDS + WORDS - 2)
-    store(q, total[0], row, group * WORDS + WORDS - 1)
+        store(q, codes[quad], row, group, quad)
+    store(q, T.reinterpret("int32", scale), row, group, WORDS - 2)
+    store(q, total[0], row, group, WORDS - 1)
 
 
 def _reduce_rows(
@@ -517,7 +522,7 @@ class _Weight:
     def formats(self, t: Expr, count: Expr) -> Iterator["_Tile"]:
         """Tile ``t`` of ``count`` groups once for every format, each time inside its branch."""
         bits = hold(self.table[t, 0])
-        base = hold(T.cast(self.table[t, 1], "int64") * (VECTOR // 4))
+        base = hold(T.cast(self.table[t, 1], "int64"))
         for fmt in FORMATS.values():
             with when(bits == fmt.bits):
                 yield _Tile(self, t, base, count, fmt)
@@ -538,7 +543,7 @@ class _Weight:
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """A packed tile of a known format inside a kernel; ``base`` is where it starts, in words."""
+    """A packed tile of a known format inside a kernel, which starts at the vector ``base``."""
 
     weight: _Weight
     index: Expr
@@ -555,14 +560,13 @@ class _Tile:
 
     def run(self, index: Expr) -> "_Run":
         """A block, counted from the first that has groups."""
-        words = self.fmt.bits * VECTOR // 4
-        side, whole = BLOCK * SIDE // 4, BLOCK * SIDE // 4 + BLOCK * words
+        side = BLOCK * SIDE // VECTOR
         rest = self.count % BLOCK
-        header = (rest * SIDE + 2 * ROW_TILE + VECTOR - 1) // VECTOR * (VECTOR // 4)
+        header = (rest * SIDE + 2 * ROW_TILE + VECTOR - 1) // VECTOR
         at_rest = T.And(rest > 0, index == 0)
         before = index - T.Select(rest > 0, T.int64(1), T.int64(0))
-        start = T.Select(at_rest, T.int64(0), header + rest * words + before * whole)
-        start = hold(self.base + start)
+        whole = header + rest * self.fmt.bits + before * (side + BLOCK * self.fmt.bits)
+        start = hold(self.base + T.Select(at_rest, T.int64(0), whole))
         return _Run(
             self,
             hold(T.Select(at_rest, T.int64(0), rest + before * BLOCK)),
@@ -582,7 +586,7 @@ class _Tile:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A block of a tile: its first group, how many it has, where it and its codes start."""
+    """A block of a tile: its first group, how many it has, at which vectors it and its codes start."""
 
     tile: _Tile
     first: Expr
@@ -596,15 +600,15 @@ class _Run:
             self.tile.weight.words,
             self.tile.fmt,
             hold(self.first + i),
-            hold(self.start + i * (ROW_TILE // 4)),
-            hold(self.start + self.length * (ROW_TILE // 4) + i * (ROW_TILE // 8)),
-            hold(self.codes + i * (self.tile.fmt.bits * VECTOR // 4)),
+            hold(self.start * ROW_TILE + i * (ROW_TILE // 4)),
+            hold(self.start * ROW_TILE + self.length * (ROW_TILE // 4) + i * (ROW_TILE // 8)),
+            hold(self.codes + i * self.tile.fmt.bits),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """A group of a tile; its scales, zero-points and codes start at these words.
+    """A group of a tile; its scales and zero-points start at these words, its codes at this vector.
 
     A code here is a signed byte: a weight is ``scale * (code + offset)`` in units that make
     zero-points whole. Codes of 8 bits are moved down by 128.
@@ -634,7 +638,7 @@ class _Group:
 
     def word(self, row: Expr, quad: Expr) -> Expr:
         """The codes of 4 columns of a row of the tile."""
-        return self.quad(quad, lambda vector: self.words[self.codes + vector * ROW_TILE + row])
+        return self.quad(quad, lambda vector: self.words[(self.codes + vector) * ROW_TILE + row])
 
     def side(self, row: Expr) -> Expr:
         """A row's scale in the low byte, and above it its offset, as int32."""
@@ -646,7 +650,8 @@ class _Group:
         """A thread's words of all vectors, vector by vector, and the sides of its 4 rows."""
         words = registers(self.fmt.bits * ROWS, "uint32")
         for vector in range(self.fmt.bits):
-            at = self.codes + vector * ROW_TILE + part * ROWS
+            # In this form TVM sees that it is a multiple of 4, and loads 16 bytes at once.
+            at = (self.codes + vector) * ROW_TILE + part * ROWS
             store(words, load(self.words, at, lanes=ROWS), vector * ROWS)
         scales = hold(self.words[self.scales + part])
         zeros = [hold(self.words[self.zeros + i] >> _u32(part * 8)) for i in range(2)]
@@ -667,9 +672,9 @@ class _Group:
 
 
 def _words(records: Any) -> Any:
-    """Quantized activations, 4 bytes a time."""
+    """Quantized activations as [rows, groups, words]."""
     m, size = records.shape
-    return T.decl_buffer((m, size // 4), "int32", data=records.data)
+    return T.decl_buffer((m, size // (4 * WORDS), WORDS), "int32", data=records.data)
 
 
 def _zero(offset: Expr) -> Expr:

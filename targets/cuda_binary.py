@@ -1,0 +1,169 @@
+"""CUDA source to machine code, on a machine that may have neither a GPU nor a driver.
+
+``embedding`` makes TVM put a cubin into every library that it builds, and never source or PTX that
+the device would have to compile. TVM does so by itself only where a driver is installed; elsewhere
+it embeds the source. Two things are missing then, and are supplied here: a compiler, which is nvcc
+or NVRTC from the package index, and the class of TVM's CUDA modules, whose library is linked to the
+driver. The latter only has to write its module down, so a driver of the same name that refuses
+every call will do.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+import tvm_ffi
+
+from mxcompile.errors import UsageError
+
+HOW: Final = (
+    "put nvcc of CUDA 13 on the PATH, or "
+    "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt"
+)
+"""What to install for CUDA targets."""
+
+_CALLBACK: Final = "tvm_callback_cuda_compile"
+
+_DRIVER_CALLS: Final = (
+    "cuDeviceGetName",
+    "cuFuncSetAttribute",
+    "cuGetErrorName",
+    "cuGetErrorString",
+    "cuLaunchKernelEx",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuTensorMapEncodeTiled",
+)
+"""What TVM's library takes from the driver."""
+
+_NO_DEVICE: Final = 100  # CUDA_ERROR_NO_DEVICE
+
+
+@contextmanager
+def embedding(arch: str) -> Iterator[None]:
+    """While this lasts, TVM compiles CUDA source to a cubin for ``arch``, such as "sm_80".
+
+    Raises:
+        UsageError: there is no CUDA compiler or runtime library here; the text says what to install.
+    """
+    _load_module_class()
+    before = tvm_ffi.get_global_func(_CALLBACK, allow_missing=True)
+    tvm_ffi.register_global_func(_CALLBACK, lambda code: cubin(code, arch), override=True)
+    try:
+        yield
+    finally:
+        if before is not None:
+            tvm_ffi.register_global_func(_CALLBACK, before, override=True)
+
+
+def cubin(source: str, arch: str) -> bytes:
+    """Compile CUDA C++ for one architecture.
+
+    Raises:
+        UsageError: there is no CUDA compiler here.
+        RuntimeError: it refuses the source.
+    """
+    if nvcc := shutil.which("nvcc"):
+        return _nvcc(nvcc, source, arch)
+    if (wheels := _wheels()) is not None:
+        return _nvrtc(wheels, source, arch)
+    raise UsageError(f"no CUDA compiler for {arch}: {HOW}")
+
+
+def _nvcc(nvcc: str, source: str, arch: str) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="mxcompile-cuda-") as folder:
+        code, binary = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
+        code.write_text(source)
+        command = [nvcc, "--cubin", "-O3", "-w", f"-arch={arch}", "-o", str(binary), str(code)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise RuntimeError(f"nvcc cannot compile the kernels: {'; '.join(errors[:3])}")
+        return binary.read_bytes()
+
+
+def _nvrtc(wheels: Path, source: str, arch: str) -> bytes:
+    library = ctypes.CDLL(str(wheels / "lib" / "libnvrtc.so.13"))
+    program = ctypes.c_void_p()
+
+    def call(name: str, *arguments: Any) -> None:
+        if status := getattr(library, name)(*arguments):
+            raise RuntimeError(f"{name} failed with status {status}: {log()}")
+
+    def text(kind: str) -> bytes:
+        size = ctypes.c_size_t()
+        call(f"nvrtcGet{kind}Size", program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        call(f"nvrtcGet{kind}", program, buffer)
+        return buffer.raw
+
+    def log() -> str:
+        return text("ProgramLog").rstrip(b"\0").decode(errors="replace") if program else ""
+
+    include = wheels / "include"
+    options = ["-w", f"--gpu-architecture={arch}", f"-I{include}", f"-I{include / 'cccl'}"]
+    flags = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+    call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
+    try:
+        call("nvrtcCompileProgram", program, len(options), flags)
+        return text("CUBIN")
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _wheels() -> Path | None:
+    """Where the package index's CUDA 13 lies, if it is installed."""
+    package = importlib.util.find_spec("nvidia")
+    places = package.submodule_search_locations if package is not None else None
+    found = (Path(place) / "cu13" for place in places or ())
+    return next((root for root in found if (root / "lib" / "libnvrtc.so.13").is_file()), None)
+
+
+@functools.cache
+def _load_module_class() -> None:
+    """Load TVM's CUDA runtime library: with the driver, or else with one that refuses all calls."""
+    if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is not None:
+        return
+    _load_cudart()
+    try:
+        ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
+    except OSError:
+        _load_driver_of_no_device()
+    package = importlib.util.find_spec("tvm")
+    assert package is not None and package.submodule_search_locations
+    folder = Path(package.submodule_search_locations[0]) / "lib"
+    ctypes.CDLL(str(folder / "libtvm_runtime_cuda.so"), ctypes.RTLD_GLOBAL)
+
+
+def _load_cudart() -> None:
+    name = "libcudart.so.13"
+    places = [Path(name)]  # wherever the loader looks
+    if (wheels := _wheels()) is not None:
+        places.append(wheels / "lib" / name)
+    if nvcc := shutil.which("nvcc"):
+        places.append(Path(nvcc).resolve().parents[1] / "lib64" / name)
+    for place in places:
+        with suppress(OSError):
+            ctypes.CDLL(str(place), ctypes.RTLD_GLOBAL)
+            return
+    raise UsageError(f"no {name}: {HOW}")
+
+
+def _load_driver_of_no_device() -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise UsageError("a C compiler is needed to compile for CUDA without a driver")
+    with tempfile.TemporaryDirectory(prefix="mxcompile-cuda-") as folder:
+        code, library = Path(folder) / "driver.c", Path(folder) / "libcuda.so.1"
+        code.write_text("\n".join(f"int {n}(void) {{ return {_NO_DEVICE}; }}" for n in _DRIVER_CALLS))
+        options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(code)]
+        subprocess.run([compiler, *options], capture_output=True, check=True)
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
