@@ -18,9 +18,14 @@ from typing import Any, Final
 
 from tvm.backend.cuda.op import cuda_func_call
 from tvm.ir import Expr
+from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
+from mxcompile.targets import cpu_norm
 from mxcompile.targets.cpu_norm import int64
+
+PHASED: Final = "mxcompile.phased"
+"""The attribute of functions that have all barriers that they need."""
 
 WARP: Final = 32
 """Threads that run in step."""
@@ -100,6 +105,27 @@ class Block:
         buffer = T.alloc_buffer([int64(size)], dtype, scope=scope)
         return Private(buffer, count, self.serial)
 
+    def reduce(
+        self, values: Private, combine: Callable[[Expr, Expr], Expr], start: float
+    ) -> Callable[[], Expr]:
+        """Combine the threads' float32 values; the result is for every thread of later phases."""
+        wide, narrow = self.shared(self.threads), self.shared(self.threads // 8)
+
+        def fold(source: Any, first: Expr, count: int) -> Expr:
+            total = registers(1, "float32")
+            store(total, T.float32(start), 0)
+            with T.unroll(0, count) as i:
+                store(total, combine(total[0], source[first + i]), 0)
+            return total[0]
+
+        def narrowed(t: Expr) -> None:
+            with when(t < self.threads // 8):
+                store(narrow, fold(wide, t * 8, 8), t)
+
+        self.phase(lambda t: store(wide, values.get(t), t))
+        self.phase(narrowed)
+        return lambda: fold(narrow, T.int32(0), self.threads // 8)
+
     def dp4a(self, a: Expr, b: Expr, c: Expr) -> Expr:
         """``c`` plus the dot product of four signed bytes of each word."""
         if not self.serial:
@@ -132,6 +158,11 @@ class Block:
             x = byte(a, first + row % 8 * 4 + quad, left, k % 4)
             y = byte(b, first + column * 4 + quad, k // 16, k % 4)
             c.add(first + lane, x * y, i)
+
+
+def build(emit: Callable[[], None]) -> PrimFunc:
+    """Make a kernel: ``emit`` declares its parameters and launches grids."""
+    return cpu_norm.build(emit).with_attr(PHASED, True)
 
 
 def launch(

@@ -27,11 +27,12 @@ from tvm.tirx.script.builder import ir as T
 
 from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, Format
 from mxcompile.plan import ROW_TILE
-from mxcompile.targets.cpu_norm import build, param, symbol
+from mxcompile.targets.cpu_norm import param, symbol
 from mxcompile.targets.cuda_block import (
     WARP,
     Block,
     Private,
+    build,
     hold,
     launch,
     load,
