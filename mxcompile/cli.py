@@ -185,9 +185,10 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--activations",
-        choices=("int8", "fp32"),
-        default="int8",
-        help="what matmuls take (default: int8)",
+        choices=("auto", "int8", "int16", "fp32"),
+        default="auto",
+        help="what matmuls take; auto is int8, and int16 for the few layers that need it most "
+        "(default: auto)",
     )
     verb.add_argument(
         "--kv-cache",

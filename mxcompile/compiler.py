@@ -14,6 +14,7 @@ import onnx_ir.passes.common as common_passes
 
 from mxcompile import artifact as artifacts
 from mxcompile import calibrate, graph, lower, passes, price, report, runtime, target, verify
+from mxcompile.activations import AUTO, Choice, choose_activations
 from mxcompile.artifact import Artifact
 from mxcompile.budget import Budgets
 from mxcompile.errors import PlanError, UsageError
@@ -45,7 +46,7 @@ class Job:
     budgets: tuple[str, ...]
     output: Path
     force: bool = False
-    activations: Literal["int8", "fp32"] = "int8"
+    activations: Choice = AUTO
     kv_dtype: Literal["fp16", "fp32"] = "fp16"
     emit_onnx: Path | None = None
     dump_ir: Path | None = None
@@ -82,7 +83,7 @@ def compile_model(job: Job, progress: Progress) -> Artifact:
 
 def _build(job: Job, where: target.Target, planned: Planned, progress: Progress) -> Artifact:
     """Quantize, lower, package and verify what was planned."""
-    ctx = Context(where, planned.plan, planned.statistics, job.activations, job.kv_dtype)
+    ctx = Context(where, planned.plan, planned.statistics, job.kv_dtype)
     with progress.stage("quantize"):
         quantized = _run(job, passes.QUANTIZE, planned.model, ctx)
     if job.emit_onnx is not None:
@@ -273,10 +274,14 @@ def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
     kept = _kept(job, samples)
     statistics = _statistics(job, model, samples, kept, progress)
     if plan is not None:
+        if not plan.activations or job.activations != AUTO:
+            plan = replace(plan, activations=choose_activations(model, statistics, job.activations))
         return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
     costs = _prices(model, lambda: statistics, kept, progress)
     found = _solve(job, model, costs, fixed, progress)
-    return Planned(model, samples, found.plan, statistics, _predictions(found, model))
+    rounded = choose_activations(model, statistics, job.activations)
+    plan = replace(found.plan, activations=rounded)
+    return Planned(model, samples, plan, statistics, _predictions(found, model))
 
 
 def _solve(job: Job, model: ir.Model, costs: Costs, fixed: int, progress: Progress) -> Solution:
@@ -333,7 +338,7 @@ def _manifest(
         target=where.name,
         target_features=tuple(sorted(where.requires)),
         budget=" ".join(job.budgets),
-        activations=job.activations,
+        activations=planned.plan.activation_summary,
         pipeline=text,
         plan_digest=planned.plan.digest,
         parameters=graph.parameters(planned.model),

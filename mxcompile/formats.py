@@ -1,13 +1,17 @@
-"""Weight number formats: one row a format.
+"""Number formats of weights and of activations: one row a format.
 
-All are asymmetric integers in groups of 32 columns. A group has an 8-bit scale and a 4-bit
-zero-point under one fp16 scale a row, so that the overhead is 12/32 bits a weight and groups of
-32 stay affordable at a budget of 4.2 bits. For a row ``r``, a column ``k`` of group ``g``::
+Weight formats are asymmetric integers in groups of 32 columns. A group has an 8-bit scale and a
+4-bit zero-point under one fp16 scale a row, so that the overhead is 12/32 bits a weight and groups
+of 32 stay affordable at a budget of 4.2 bits. For a row ``r``, a column ``k`` of group ``g``::
 
     w[r, k] = row_scale[r] * scale[r, g] * (code[r, k] - zero[r, g] * 2**(bits - 4))
 
 The zero-point counts in sixteenths of the code range: whole codes at 4 bits, quarters of a code
 at 2 bits (where an integer zero-point would be too coarse), 16 codes at 8 bits.
+
+Activations are symmetric integers in the same groups, each with a float32 scale that is found at
+run time. A kernel takes a 16-bit code as two digits of 8, ``256 * high + low``, so that one
+instruction serves both: twice the multiplications, and no more bytes of weights.
 """
 
 from collections.abc import Mapping
@@ -50,6 +54,27 @@ class Format:
 
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
     {f"int{bits}": Format(f"int{bits}", bits) for bits in (2, 3, 4, 5, 6, 8)}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationFormat:
+    """A symmetric integer format of ``digits`` signed digits to the base of 256."""
+
+    name: str
+    digits: int
+
+    @property
+    def top(self) -> int:
+        """The largest code: its high digit is 127, so that it has a negative of its own size."""
+        return 127 << 8 * (self.digits - 1)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ACTIVATION_FORMATS: Final[Mapping[str, ActivationFormat]] = MappingProxyType(
+    {f.name: f for f in (ActivationFormat("int8", 1), ActivationFormat("int16", 2))}
 )
 
 

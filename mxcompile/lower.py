@@ -18,7 +18,9 @@ from tvm import relax, s_tir
 from mxcompile import graph, qdq
 from mxcompile.artifact import TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
+from mxcompile.formats import ActivationFormat
 from mxcompile.passes.kv_cache import NO_WINDOW
+from mxcompile.passes.quantize_activations import activation_format
 from mxcompile.pipeline import Context
 from mxcompile.relax_ops import (
     OPERATORS,
@@ -309,23 +311,31 @@ def _weight(builder: _Builder, names: tuple[str, ...]) -> list[Expr]:
     return [builder.weight_vars[f"{label}.packed"], builder.weight_vars[f"{label}.tiles"]]
 
 
-def _product(builder: _Builder, x: Expr, weight: list[Expr], rows: int, quantized: bool) -> Expr:
-    """The matrix product of a float matrix with packed row tiles."""
+def _product(
+    builder: _Builder,
+    x: Expr,
+    weight: list[Expr],
+    rows: int,
+    activation: ActivationFormat | None = None,
+) -> Expr:
+    """The matrix product of a matrix, rounded to a format or as it is, with packed row tiles."""
     count, columns = shape_of(x)
-    if not quantized:
+    if activation is None:
         return builder.call(builder.kernel(builder.matmul.matmul_f32), [x, *weight], (count, rows))
-    size = cpu_matmul.activation_bytes(int(columns))
-    quantize = builder.kernel(builder.matmul.quantize_activation)
+    size = cpu_matmul.activation_bytes(int(columns), activation)
+    quantize = builder.kernel(builder.matmul.quantize_activation, activation)
     codes = builder.call(quantize, [x], (count, size), "int8")
-    return builder.call(builder.kernel(builder.matmul.matmul_int8), [codes, *weight], (count, rows))
+    multiply = builder.kernel(builder.matmul.matmul_quantized, activation)
+    return builder.call(multiply, [codes, *weight], (count, rows))
 
 
 def _mixed_linear(builder: _Builder, node: ir.Node) -> list[Any]:
     body = body_of(builder.model, node)
     names, sizes = _names_and_rows(builder.model, node)
     matrix, lead, _ = _rows(builder, builder.tensor(node.inputs[0]))
-    quantized = any(n.op_type == "QuantizeLinear" for n in body)
-    product = _product(builder, matrix, _weight(builder, names), sum(sizes), quantized)
+    product = _product(
+        builder, matrix, _weight(builder, names), sum(sizes), activation_format(body)
+    )
     wide = builder.scope.emit(relax.op.reshape(product, (*lead, sum(sizes))))
     if len(sizes) == 1:
         return [wide]
@@ -366,7 +376,7 @@ def _mixed_conv(builder: _Builder, node: ir.Node) -> Expr:
     (inner,) = (n for n in body_of(builder.model, node) if n.op_type == "Conv")
     names, (outputs,) = _names_and_rows(builder.model, node)
     patches, batch, height, width = _patches(builder, inner, builder.tensor(node.inputs[0]))
-    product = _product(builder, patches, _weight(builder, names), outputs, quantized=False)
+    product = _product(builder, patches, _weight(builder, names), outputs)
     emit = builder.scope.emit
     image = emit(relax.op.reshape(product, (batch, height, width, outputs)))
     image = emit(relax.op.permute_dims(image, [0, 3, 1, 2]))

@@ -12,7 +12,7 @@ are shrunk towards their mean.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -80,11 +80,14 @@ class Statistics:
         samples: How many tokens or samples were seen.
         uses: By unit, what each of its uses meets, in the order of the graph.
         factors: By unit, for each of its uses: harm at the output per unit of error.
+        rounding: By the name of what linear layers read, the damage of rounding it to int8 at run
+            time, in the units of ``damage``; empty where gradients were not taken.
     """
 
     samples: int
     uses: Mapping[str, tuple[UseStatistics, ...]]
     factors: Factors
+    rounding: Mapping[str, float] = field(default_factory=dict)
 
     def damage(self, unit: str, delta: Tensor, start: int = 0) -> Tensor:
         """The damage of errors in the rows of a unit from ``start`` on, [rows]."""
@@ -115,7 +118,11 @@ def save(statistics: Statistics, path: Path) -> None:
             tensors[f"rows.{unit}.{index}"] = torch.from_numpy(use.rows)
             described.append({"kind": use.kind, "source": use.source, "moment": where})
         units.append({"name": unit, "uses": described, "factors": statistics.factors[unit]})
-    about = {"samples": statistics.samples, "units": units}
+    about = {
+        "samples": statistics.samples,
+        "units": units,
+        "rounding": dict(statistics.rounding),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as draft:
         safetensors.torch.save_file(tensors, draft, {"mxcompile": json.dumps(about)})
@@ -144,6 +151,6 @@ def load(path: Path) -> Statistics:
             for unit in about["units"]
         }
         factors = {unit["name"]: tuple(unit["factors"]) for unit in about["units"]}
-        return Statistics(about["samples"], uses, factors)
+        return Statistics(about["samples"], uses, factors, about["rounding"])
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: no calibration statistics ({error})") from error

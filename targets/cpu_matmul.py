@@ -5,13 +5,15 @@ of groups, ``ceil(K / 32)``; ``W`` and ``table`` are the ``data`` and ``table`` 
 ``packing.Packed`` of ``tiles`` tiles; ``N`` is at most ``16 * tiles``: the rows that pad the last
 tile may be left out. ``W`` starts at a multiple of 64 bytes and its tiles lie in order::
 
-    quantize_activation(X: f32 [M, K], Q: out i8 [M, 40 * G])
-    matmul_int8(Q: i8 [M, 40 * G], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, N])
+    quantize_activation(X: f32 [M, K], Q: out i8 [M, D * 40 * G])
+    matmul_quantized(Q: i8 [M, D * 40 * G], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, N])
     matmul_f32(X: f32 [M, K], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, N])
     gather_rows(ids: i64 [M], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, K])
 
 A quantized activation ``Q`` has a record of 40 bytes for every group: 32 int8, their scale as
-float32, their sum as int32. One stream a row is what lets 8 rows share the registers of a CPU.
+float32, their sum as int32. One stream a row is what lets 8 rows share the registers of a CPU. An
+activation of ``D`` digits has ``D`` runs of records a row, from the highest digit, whose scales
+hold the digits' weights: the kernel takes them as rows that add up.
 
 The inner loops keep a row of the tile in every lane: a vector of 16 words holds 4 codes of 16 rows,
 and a dot product of bytes multiplies them by 4 activations that are broadcast. Codes of less than
@@ -28,7 +30,7 @@ from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, Format, groups
+from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, ActivationFormat, Format, groups
 from mxcompile.plan import ROW_TILE
 from mxcompile.targets.cpu_norm import (
     build,
@@ -63,9 +65,9 @@ _ROUND: Final = 1.5 * 2.0**23
 """Added to a float of magnitude below 2**22, leaves it rounded half to even in the low bits."""
 
 
-def activation_bytes(columns: int) -> int:
+def activation_bytes(columns: int, fmt: ActivationFormat) -> int:
     """The bytes of a quantized activation row."""
-    return groups(columns) * RECORD
+    return groups(columns) * RECORD * fmt.digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +83,8 @@ class MatmulKernel:
     row_block: int = 0
     serial_groups: int = 1024
 
-    def quantize_activation(self) -> PrimFunc:
-        """Rounds every group of 32 activations half to even to its absmax / 127."""
+    def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
+        """Rounds every group of 32 activations half to even to its absmax / top."""
 
         def emit() -> None:
             m, k, q = map(symbol, "mkq")
@@ -91,7 +93,7 @@ class MatmulKernel:
             def quantize(row: Expr) -> None:
                 with T.serial(0, k // GROUP) as g:
                     halves = [load(x, row, g * GROUP + i, lanes=ROW_TILE) for i in (0, ROW_TILE)]
-                    _quantize_group(halves, codes, row, g * RECORD)
+                    _quantize_group(halves, fmt, codes, row, g * RECORD)
                 with _when(k % GROUP != 0):
                     tail = registers(2, ROW_TILE)
                     start = hold(k // GROUP * GROUP)
@@ -99,14 +101,14 @@ class MatmulKernel:
                         with T.serial(0, T.min(k - start - i * ROW_TILE, ROW_TILE)) as j:
                             store(tail[i], load(x, row, start + i * ROW_TILE + j, lanes=1), j)
                     halves = [load(half, 0, lanes=ROW_TILE) for half in tail]
-                    _quantize_group(halves, codes, row, k // GROUP * RECORD)
+                    _quantize_group(halves, fmt, codes, row, k // GROUP * RECORD)
 
             spread(m, m * (k // GROUP) < self.serial_groups, quantize)
 
         return build(emit)
 
-    def matmul_int8(self) -> PrimFunc:
-        """Y = Q @ W.T with exact integer sums inside a group."""
+    def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
+        """Y = Q @ W.T with exact integer sums inside a group, for each digit."""
 
         def emit() -> None:
             m, n, q = map(symbol, "mnq")
@@ -114,11 +116,11 @@ class MatmulKernel:
             y = param("Y", (m, n))
 
             def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
-                self._int8_block(tile, codes, y, t, row, rows)
+                self._quantized_block(tile, codes, fmt.digits, y, t, row, rows)
 
-            rows = self.row_block or _ROW_BLOCK[self.instructions]
+            rows = (self.row_block or _ROW_BLOCK[self.instructions]) // fmt.digits
             sizes = [rows >> i for i in range(rows.bit_length())]
-            self._all_tiles(weight, m, q // RECORD, sizes, block)
+            self._all_tiles(weight, m, q // (RECORD * fmt.digits), sizes, block)
 
         return build(emit)
 
@@ -193,28 +195,36 @@ class MatmulKernel:
                                 block(tile, t, first + done + i * rows, rows)
                             done = length // rows * rows
 
-    def _int8_block(self, tile: "_Tile", codes: Any, y: Any, t: Expr, row: Expr, rows: int) -> None:
+    def _quantized_block(
+        self, tile: "_Tile", codes: Any, digits: int, y: Any, t: Expr, row: Expr, rows: int
+    ) -> None:
         sums = [_Register("float32x16", 0) for _ in range(rows)]
         with tile.groups() as group:
 
+            def at_record(r: int) -> tuple[Expr, Expr]:
+                """Where the record of the ``r``-th pair of a row and a digit starts."""
+                run = r % digits * (codes.shape[1] // digits)
+                return row + r // digits, run + group.index * RECORD
+
             def word(r: int, at: int | Expr) -> Expr:
-                """4 bytes of row ``r``'s record."""
-                start = group.index * RECORD + at
-                return T.reinterpret("int32", load(codes, row + r, start, lanes=4))
+                """4 bytes of the ``r``-th record."""
+                i, start = at_record(r)
+                return T.reinterpret("int32", load(codes, i, start + at, lanes=4))
 
             zeros, scales = hold(group.zeros()), hold(group.scales())
 
             def offset(r: int) -> Expr:
-                """What zero-points add to row ``r``'s dot product."""
+                """What zero-points add to the ``r``-th dot product."""
+                i, start = at_record(r)
                 # The sum fits its low half, and LLVM multiplies 16 bits faster than 32.
-                low = load(codes, row + r, group.index * RECORD + GROUP + 4, lanes=2)
+                low = load(codes, i, start + GROUP + 4, lanes=2)
                 return zeros * T.cast(T.int16(0) - T.reinterpret("int16", low), "int32")
 
-            dots = _DOTS[self.instructions](group, rows, word, offset)
-            for r in range(rows):
+            dots = _DOTS[self.instructions](group, rows * digits, word, offset)
+            for r, dot in enumerate(dots):
                 scale = T.reinterpret("float32", word(r, GROUP))
-                scaled = T.cast(dots[r], "float32x16") * scale
-                sums[r].set(sums[r].get() + scaled * scales)
+                total = sums[r // digits]
+                total.set(total.get() + T.cast(dot, "float32x16") * scale * scales)
         _store_block(tile, y, t, row, sums)
 
 
@@ -277,13 +287,15 @@ def _store_block(tile: "_Tile", y: Any, t: Expr, row: Expr, sums: list["_Registe
                 store(y, load(out, r, i, lanes=1), row + r, t * ROW_TILE + i)
 
 
-def _quantize_group(halves: list[Expr], codes: Any, row: Expr, start: Expr) -> None:
+def _quantize_group(
+    halves: list[Expr], fmt: ActivationFormat, codes: Any, row: Expr, start: Expr
+) -> None:
     halves = [hold(half) for half in halves]
     # The bits of magnitudes order like integers, NaN on top: it ends in the scale, is not hidden.
     bits = [T.reinterpret("int32x16", half) & 0x7FFFFFFF for half in halves]
     biggest = hold(T.reinterpret("float32", _reduce("smax", T.max(*bits))))
     small = biggest < T.float32(_TINY)
-    scale = hold(T.Select(small, T.float32(0), biggest / T.float32(127)))
+    scale = hold(T.Select(small, T.float32(0), biggest / T.float32(fmt.top)))
     # A division, as QuantizeLinear does it: times the inverse, exact halves round the other way.
     divisor = hold(T.Select(small, T.float32(1), scale))
     offset = T.reinterpret("int32", T.float32(_ROUND))
@@ -291,11 +303,17 @@ def _quantize_group(halves: list[Expr], codes: Any, row: Expr, start: Expr) -> N
         hold(T.reinterpret("int32x16", half / divisor + T.float32(_ROUND)) - offset)
         for half in halves
     ]
-    for i, values in enumerate(quantized):
-        store(codes, T.cast(values, "int8x16"), row, start + i * ROW_TILE)
-    total = _reduce("add", quantized[0] + quantized[1])
-    for i, word in enumerate((scale, total)):
-        store(codes, T.reinterpret("int8x4", word), row, start + GROUP + 4 * i)
+    for digit in reversed(range(fmt.digits)):
+        # A digit is what is left, over its weight; half of the weight rounds to nearest.
+        shift, half = 8 * digit, 1 << 8 * digit >> 1
+        values = [hold(rest + half >> shift) for rest in quantized]
+        quantized = [hold(r - (v << shift)) for r, v in zip(quantized, values, strict=True)]
+        for i, value in enumerate(values):
+            store(codes, T.cast(value, "int8x16"), row, start + i * ROW_TILE)
+        total = _reduce("add", values[0] + values[1])
+        for i, word in enumerate((scale * T.float32(1 << shift), total)):
+            store(codes, T.reinterpret("int8x4", word), row, start + GROUP + 4 * i)
+        start = start + codes.shape[1] // fmt.digits
 
 
 def _reduce(operation: str, vector: Expr) -> Expr:

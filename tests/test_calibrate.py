@@ -130,6 +130,41 @@ def labelled(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([row[i % stride :: stride] for i, row in enumerate(x)])
 
 
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    by_group = x.unflatten(-1, (-1, 32))
+    step = by_group.abs().amax(-1, keepdim=True) / 127
+    return ((by_group / step).round() * step).flatten(-2)
+
+
+def test_rounding_of_activations_is_priced_as_it_harms(
+    language_model: ir.Model, tokens: np.ndarray, found: Statistics
+) -> None:
+    w = weights_of(language_model)
+    exact = by_hand(w, tokens)
+    log_p = exact["logits"].log_softmax(-1)
+
+    def divergence(logits: torch.Tensor) -> float:
+        return float((log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1).mean())
+
+    e, n = exact["e"], exact["n"]
+    measured = {"n": divergence(0.5 * (rounded(n) @ w["embedding"].T))}
+    for name in ("e", "h"):
+        # The residual stream is not rounded, only what the layers read.
+        x = rounded(e) if name == "e" else e
+        h = torch.sigmoid(x @ w["gate"].T) * (x @ w["up"].T)
+        h = rounded(h) if name == "h" else h
+        n = functional.rms_norm(e + h @ w["down"].T, (WIDTH,), w["norm"])
+        measured[name] = divergence(0.5 * (n @ w["embedding"].T))
+    assert found.rounding.keys() == measured.keys()
+    for name, harm in measured.items():
+        # 60 labels of one draw each, and the errors of 240 positions: each within a third or so.
+        assert 0.6 * harm <= found.rounding[name] <= 1.7 * harm, name
+
+
+def test_forward_prices_no_rounding(probed: Statistics) -> None:
+    assert probed.rounding == {}
+
+
 def test_second_moments(language_model: ir.Model, tokens: np.ndarray, probed: Statistics) -> None:
     met = by_hand(weights_of(language_model), tokens)
     assert probed.samples == tokens.size
