@@ -19,7 +19,17 @@ from tvm.tirx.script.builder import ir as T
 
 from mxcompile.targets.cpu_attention import Attention, Mask
 from mxcompile.targets.cpu_norm import LOWEST, Columns, int64, param, symbol
-from mxcompile.targets.cuda_block import Block, build, hold, launch, load, registers, store, strided, when
+from mxcompile.targets.cuda_block import (
+    Block,
+    build,
+    hold,
+    launch,
+    load,
+    registers,
+    store,
+    strided,
+    when,
+)
 
 _THREADS: Final = 128
 
@@ -62,9 +72,7 @@ class CudaAttention:
 
         return build(body)
 
-    def rotary(
-        self, heads: int, dim: int, rotated: int, source: Columns | None
-    ) -> tirx.PrimFunc:
+    def rotary(self, heads: int, dim: int, rotated: int, source: Columns | None) -> tirx.PrimFunc:
         """Make ``(x, cos, sin, y)``: turn the first ``rotated`` columns (0: all) of each head."""
         half = (rotated or dim) // 2
         place = _columns(source, heads, dim)
@@ -171,9 +179,7 @@ class CudaAttention:
 
         launch([(count + _THREADS - 1) // _THREADS], _THREADS, self.serial, one)
 
-    def _prefill(
-        self, a: Attention, source: "_Sources", out: Any, batch: Expr, seq: Expr
-    ) -> None:
+    def _prefill(self, a: Attention, source: "_Sources", out: Any, batch: Expr, seq: Expr) -> None:
         rows = max(4, min(32, _TILE // a.dim))
 
         def body(block: Block) -> None:
@@ -189,7 +195,9 @@ class CudaAttention:
 
             walk.finish(put)
 
-        launch([batch * a.kv_heads, (seq * a.group + rows - 1) // rows], _THREADS, self.serial, body)
+        launch(
+            [batch * a.kv_heads, (seq * a.group + rows - 1) // rows], _THREADS, self.serial, body
+        )
 
     def _decode(self, a: Attention, source: "_Sources", out: Any, batch: Expr) -> None:
         """One position: blocks share the keys, then the shares are joined."""
@@ -290,7 +298,13 @@ class _Walk:
 
     def __init__(self, block: Block, source: _Source, rows: int, first: Expr, seq: Expr) -> None:
         a = source.attention
-        self._block, self._source, self._rows, self._first, self._seq = block, source, rows, first, seq
+        self._block, self._source, self._rows, self._first, self._seq = (
+            block,
+            source,
+            rows,
+            first,
+            seq,
+        )
         self.keys = max(_HELPERS, min(64, _TILE // a.dim // _HELPERS * _HELPERS))
         self._query = block.shared(rows, a.dim)
         self._tile = block.shared(self.keys, a.dim + 1)  # threads of a warp take a key each

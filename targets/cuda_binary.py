@@ -163,7 +163,9 @@ def _load_driver_of_no_device() -> None:
         raise UsageError("a C compiler is needed to compile for CUDA without a driver")
     with tempfile.TemporaryDirectory(prefix="mxcompile-cuda-") as folder:
         code, library = Path(folder) / "driver.c", Path(folder) / "libcuda.so.1"
-        code.write_text("\n".join(f"int {n}(void) {{ return {_NO_DEVICE}; }}" for n in _DRIVER_CALLS))
+        code.write_text(
+            "\n".join(f"int {n}(void) {{ return {_NO_DEVICE}; }}" for n in _DRIVER_CALLS)
+        )
         options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(code)]
         subprocess.run([compiler, *options], capture_output=True, check=True)
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)

@@ -2,7 +2,7 @@
 
 The functions, what they take and the packed layout are those of ``cpu_matmul``; here
 
-* one row of int8 activations is a GEMV on ``dp4a``: a block takes a tile of 16 rows, a thread
+* one row of quantized activations is a GEMV on ``dp4a``: a block takes a tile of 16 rows, a thread
   4 rows (16 bytes of each vector of codes) of every eighth group, so that a warp reads 8 groups
   that lie in a row, and the warps of a block split K. Weights are read once, 16 bytes a load, and
   unpacked in registers;
@@ -25,7 +25,7 @@ from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, Format
+from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, ActivationFormat, Format
 from mxcompile.plan import ROW_TILE
 from mxcompile.targets.cpu_norm import param, symbol
 from mxcompile.targets.cuda_block import (
@@ -86,20 +86,21 @@ class CudaMatmul:
     rows: int = 4
     serial: bool = False
 
-    def quantize_activation(self) -> PrimFunc:
-        """Rounds every group of 32 activations half to even to its absmax / 127."""
+    def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
+        """Rounds every group of 32 activations half to even to its absmax / top."""
 
         def emit() -> None:
             m, k, q = map(symbol, "mkq")
             x, records = param("X", (m, k)), param("Q", (m, q), "int8")
-            codes = _words(records)
-            count = q // (4 * WORDS)
+            codes = _lines(records, fmt.digits)
+            count = codes.shape[1]
 
             def body(block: Block) -> None:
                 def quantize(t: Expr) -> None:
                     index = hold(block.index[0] * _QUANTIZERS + t)
                     with when(index < m * count):
-                        _quantize_group(x, codes, hold(index // count), hold(index % count))
+                        row, group = hold(index // count), hold(index % count)
+                        _quantize_group(x, fmt, codes, row, group)
 
                 block.phase(quantize)
 
@@ -107,23 +108,27 @@ class CudaMatmul:
 
         return build(emit)
 
-    def matmul_int8(self) -> PrimFunc:
-        """Y = Q @ W.T with exact integer sums inside a group."""
+    def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
+        """Y = Q @ W.T with exact integer sums inside a group, for each digit."""
 
         def emit() -> None:
             m, n, q = map(symbol, "mnq")
             records, open_weight = param("Q", (m, q), "int8"), _Weight.declare()
             y = param("Y", (m, n))
-            codes, weight = _words(records), open_weight()
-            count = q // (4 * WORDS)
+            codes, weight = _lines(records, fmt.digits), open_weight()
+            lines, count = codes.shape[:2]
+
+            def dots(*arguments: Any) -> None:
+                _quantized_dots(codes, fmt.digits, *arguments)
+
             with T.If(m == 1):
                 with T.Then():
-                    self._gemv(weight, y, 1, m, count, lambda *a: _int8_dots(codes, *a))
-                with T.Else(), T.If(m <= COLUMNS):
+                    self._gemv(weight, y, 1, m, count, dots)
+                with T.Else(), T.If(lines <= COLUMNS):
                     with T.Then():
-                        self._mma(weight, codes, y, m, count, tiles=1, batches=1)
+                        self._mma(weight, codes, y, fmt.digits, tiles=1, batches=1)
                     with T.Else():
-                        self._mma(weight, codes, y, m, count, self.tiles, self.batches)
+                        self._mma(weight, codes, y, fmt.digits, self.tiles, self.batches)
 
         return build(emit)
 
@@ -210,19 +215,21 @@ class CudaMatmul:
         launch([weight.tiles, (m + rows - 1) // rows], threads, self.serial, body)
 
     def _mma(
-        self, weight: "_Weight", q: Any, y: Any, m: Expr, count: Expr, tiles: int, batches: int
+        self, weight: "_Weight", q: Any, y: Any, digits: int, tiles: int, batches: int
     ) -> None:
-        """A block has ``tiles`` tiles and 8 times ``batches`` activation rows; a tile's warps split K.
+        """A block has ``tiles`` tiles and 8 times ``batches`` lines of ``q``, which are the digits of
+        activation rows one after the other; the warps of a tile split K.
 
         All warps walk the blocks of 8 groups in step; a warp whose block does not exist adds zeros.
         """
         splits = self.splits if tiles == 1 else 1
         ahead = BLOCK if batches == 1 else _AHEAD
-        warps, rows = tiles * splits, batches * COLUMNS
+        warps, width = tiles * splits, batches * COLUMNS
+        lines, count = q.shape[:2]
 
         def body(block: Block) -> None:
-            first_tile, first_row = block.index[0] * tiles, block.index[1] * rows
-            staged = block.shared(splits * rows, _STAGED, dtype="int32")
+            first_tile, first_line = block.index[0] * tiles, block.index[1] * width
+            staged = block.shared(splits * width, _STAGED, dtype="int32")
             codes, sides = block.private(ahead * 4, "int32"), block.private(ahead * 2, "int32")
             right, dot = block.private(2, "int32"), block.private(4, "int32")
             sums = block.private(4 * batches)
@@ -247,15 +254,15 @@ class CudaMatmul:
                 def copy(t: Expr) -> None:
                     def word(i: Expr) -> None:
                         column = hold(i % (BLOCK * WORDS))
-                        line = hold(i // (BLOCK * WORDS))
-                        index = at_block(step, line // rows)
-                        at = hold(first_group(index) * WORDS + column)
-                        row = hold(T.min(first_row + line % rows, m - 1))
-                        inside = T.And(index < blocks, at < count * WORDS)
-                        value = T.if_then_else(inside, q[row, at // WORDS, at % WORDS], 0)
-                        store(staged, value, line, column)
+                        place = hold(i // (BLOCK * WORDS))
+                        index = at_block(step, place // width)
+                        group = hold(first_group(index) + column // WORDS)
+                        line = hold(T.min(first_line + place % width, lines - 1))
+                        inside = T.And(index < blocks, group < count)
+                        value = T.if_then_else(inside, q[line, group, column % WORDS], 0)
+                        store(staged, value, place, column)
 
-                    strided(t, warps * WARP, T.int64(splits * rows * BLOCK * WORDS), word)
+                    strided(t, warps * WARP, T.int64(splits * width * BLOCK * WORDS), word)
 
                 return copy
 
@@ -282,7 +289,7 @@ class CudaMatmul:
 
             def multiply(group: Expr, i: int, batch: int) -> None:
                 def line(t: Expr, column: Expr) -> Expr:
-                    return t // WARP % splits * rows + batch * COLUMNS + column
+                    return t // WARP % splits * width + batch * COLUMNS + column
 
                 def word(t: Expr, column: Expr, at: int | Expr) -> Expr:
                     return load(staged, line(t, column), group * WORDS + at)
@@ -303,7 +310,8 @@ class CudaMatmul:
                         scale = T.reinterpret("float32", scale)
                         scales = T.cast(sides.get(t, 2 * i + c // 2) & 255, "float32")
                         scaled = T.cast(dot.get(t, c), "float32") * scale
-                        sums.add(t, scaled * scales, 4 * batch + c)
+                        # Neighbouring columns are a thread's: two digits of a row add up here.
+                        sums.add(t, scaled * scales, 4 * batch + c - c % digits)
 
                 block.phase(start, barrier=False)
                 block.mma(dot, codes, i * 4, right)
@@ -319,9 +327,10 @@ class CudaMatmul:
                         for batch in range(batches):
                             multiply(first + i, i, batch)
                 block.phase(lambda t: None)  # the next step overwrites what is staged
-            self._store_mma(block, weight, y, sums, (first_tile, first_row), m, count, splits)
+            place = (first_tile, first_line)
+            self._store_mma(block, weight, y, sums, place, (count, digits), splits)
 
-        grid = [(weight.tiles + tiles - 1) // tiles, (m + rows - 1) // rows]
+        grid = [(weight.tiles + tiles - 1) // tiles, (lines + width - 1) // width]
         launch(grid, warps * WARP, self.serial, body)
 
     def _store_mma(
@@ -331,40 +340,41 @@ class CudaMatmul:
         y: Any,
         sums: Private,
         first: tuple[Expr, Expr],
-        m: Expr,
-        count: Expr,
+        shape: tuple[Expr, int],
         splits: int,
     ) -> None:
         """Add up the warps that shared a tile, and store what lies inside y."""
-        batches = sums.count // 4
-        parts = block.shared(splits if splits > 1 else 1, 4 * batches * WARP)
+        count, digits = shape
+        used = range(0, sums.count, digits)
 
         def put(t: Expr, i: int, value: Expr) -> None:
             lane = hold(t % WARP)
             tile = hold(first[0] + t // WARP // splits)
             row = hold(lane // 4 + i % 4 // 2 * 8)
             at = hold(tile * ROW_TILE + row)
-            line = hold(first[1] + i // 4 * COLUMNS + lane % 4 * 2 + i % 2)
-            with when(T.And(T.And(tile < weight.tiles, at < y.shape[1]), line < m)):
+            line = hold((first[1] + i // 4 * COLUMNS + lane % 4 * 2 + i % 2) // digits)
+            with when(T.And(T.And(tile < weight.tiles, at < y.shape[1]), line < y.shape[0])):
                 store(y, value * weight.row_scale(tile, count, row), line, at)
 
+        if splits == 1:
+            block.phase(lambda t: [put(t, i, sums.get(t, i)) for i in used] and None)
+            return
+        parts = block.shared(splits, sums.count * WARP)
+
         def keep(t: Expr) -> None:
-            for i in range(sums.count):
+            for i in used:
                 store(parts, sums.get(t, i), t // WARP, i * WARP + t % WARP)
 
         def join(t: Expr) -> None:
             with when(t < WARP):
-                for i in range(sums.count):
-                    total = load(parts, 0, i * WARP + t)
+                for i in used:
+                    total = parts[0, i * WARP + t]
                     for split in range(1, splits):
-                        total = total + load(parts, split, i * WARP + t)
+                        total = total + parts[split, i * WARP + t]
                     put(t, i, hold(total))
 
-        if splits > 1:
-            block.phase(keep)
-            block.phase(join)
-        else:
-            block.phase(lambda t: [put(t, i, sums.get(t, i)) for i in range(sums.count)] and None)
+        block.phase(keep)
+        block.phase(join)
 
 
 _Add = Callable[[int, Expr], None]
@@ -375,14 +385,21 @@ _Dots = Callable[[Block, "_Group", Expr, list[Expr], _Add], None]
 of the tile's rows: ``r * ROWS + i`` is activation row ``r`` and the part's row ``i``."""
 
 
-def _int8_dots(
-    q: Any, block: Block, group: "_Group", part: Expr, places: list[Expr], add: _Add
+def _quantized_dots(
+    q: Any,
+    digits: int,
+    block: Block,
+    group: "_Group",
+    part: Expr,
+    places: list[Expr],
+    add: _Add,
 ) -> None:
     words, sides = group.part(part)
-    records = [registers(WORDS, "int32") for _ in places]
-    for record, place in zip(records, places, strict=True):
+    lines = [place * digits + digit for place in places for digit in range(digits)]
+    records = [registers(WORDS, "int32") for _ in lines]
+    for record, line in zip(records, lines, strict=True):
         for at in range(0, WORDS, 2):  # records are 8-byte aligned
-            store(record, load(q, place, group.index, at, lanes=2), at)
+            store(record, load(q, line, group.index, at, lanes=2), at)
     scales = [hold(T.cast(side & 255, "float32")) for side in sides]
     dots = [[(side >> 8) * record[WORDS - 1] for side in sides] for record in records]
     for quad in range(QUADS):
@@ -390,10 +407,10 @@ def _int8_dots(
             codes = hold(group.quad(quad, lambda vector, i=i: words[vector * ROWS + i]))
             for by_row, record in zip(dots, records, strict=True):
                 by_row[i] = block.dp4a(codes, record[quad], by_row[i])
-    for r, (by_row, record) in enumerate(zip(dots, records, strict=True)):
+    for line, (by_row, record) in enumerate(zip(dots, records, strict=True)):
         scale = T.reinterpret("float32", record[WORDS - 2])
         for i in range(ROWS):
-            add(r * ROWS + i, T.cast(by_row[i], "float32") * scale * scales[i])
+            add(line // digits * ROWS + i, T.cast(by_row[i], "float32") * scale * scales[i])
 
 
 def _f32_dots(
@@ -434,11 +451,10 @@ def _gather_quad(tile: "_Tile", y: Any, i: Expr, row: Expr, quad: Expr) -> None:
             store(y, value * scale * row_scale, i, quad * 4 + byte)
 
 
-def _quantize_group(x: Any, q: Any, row: Expr, group: Expr) -> None:
-    values, codes = registers(GROUP, "float32"), registers(GROUP // 4, "int32")
-    peak, total = registers(1, "int32"), registers(1, "int32")
+def _quantize_group(x: Any, fmt: ActivationFormat, q: Any, row: Expr, group: Expr) -> None:
+    values, rest = registers(GROUP, "float32"), registers(GROUP, "int32")
+    peak = registers(1, "int32")
     store(peak, T.int32(0), 0)
-    store(total, T.int32(0), 0)
     with T.unroll(0, GROUP) as i:
         column = hold(group * GROUP + i)
         value = T.if_then_else(column < x.shape[1], x[row, column], T.float32(0))
@@ -447,20 +463,31 @@ def _quantize_group(x: Any, q: Any, row: Expr, group: Expr) -> None:
         store(peak, T.max(peak[0], T.reinterpret("int32", values[i]) & 0x7FFFFFFF), 0)
     biggest = hold(T.reinterpret("float32", peak[0]))
     small = biggest < T.float32(_TINY)
-    scale = hold(T.Select(small, T.float32(0), biggest / T.float32(127)))
+    scale = hold(T.Select(small, T.float32(0), biggest / T.float32(fmt.top)))
     # A division, as QuantizeLinear does it: times the inverse, exact halves round the other way.
     divisor = hold(T.Select(small, T.float32(1), scale))
     offset = T.reinterpret("int32", hold(T.float32(_ROUND)))
-    with T.unroll(0, GROUP // 4) as quad:
-        store(codes, T.int32(0), quad)
-        for byte in range(4):
-            rounded = hold(values[quad * 4 + byte] / divisor + T.float32(_ROUND))
-            code = hold(T.reinterpret("int32", rounded) - offset)
-            store(total, total[0] + code, 0)
-            store(codes, codes[quad] | (code & 255) << (8 * byte), quad)
-        store(q, codes[quad], row, group, quad)
-    store(q, T.reinterpret("int32", scale), row, group, WORDS - 2)
-    store(q, total[0], row, group, WORDS - 1)
+    with T.unroll(0, GROUP) as i:
+        rounded = hold(values[i] / divisor + T.float32(_ROUND))
+        store(rest, T.reinterpret("int32", rounded) - offset, i)
+    for digit in reversed(range(fmt.digits)):
+        # A digit is what is left, over its weight; half of the weight rounds to nearest.
+        shift, half = 8 * digit, 1 << 8 * digit >> 1
+        line = row * fmt.digits + (fmt.digits - 1 - digit)
+        total, word = registers(1, "int32"), registers(1, "int32")
+        store(total, T.int32(0), 0)
+        with T.unroll(0, GROUP // 4) as quad:
+            store(word, T.int32(0), 0)
+            for byte in range(4):
+                at = quad * 4 + byte
+                value = hold(rest[at] + half >> shift)
+                store(rest, rest[at] - (value << shift), at)
+                store(total, total[0] + value, 0)
+                store(word, word[0] | (value & 255) << (8 * byte), 0)
+            store(q, word[0], line, group, quad)
+        weighted = hold(scale * T.float32(1 << shift))
+        store(q, T.reinterpret("int32", weighted), line, group, WORDS - 2)
+        store(q, total[0], line, group, WORDS - 1)
 
 
 def _reduce_rows(
@@ -672,10 +699,11 @@ class _Group:
         return T.cast(scale, "int32") | (T.int32(top) - zero) << 8
 
 
-def _words(records: Any) -> Any:
-    """Quantized activations as [rows, groups, words]."""
+def _lines(records: Any, digits: int) -> Any:
+    """Quantized activations as [rows * digits, groups, words of a record]."""
     m, size = records.shape
-    return T.decl_buffer((m, size // (4 * WORDS), WORDS), "int32", data=records.data)
+    shape = (m * digits, size // (4 * WORDS * digits), WORDS)
+    return T.decl_buffer(shape, "int32", data=records.data)
 
 
 def _zero(offset: Expr) -> Expr:

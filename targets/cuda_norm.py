@@ -131,9 +131,7 @@ class _Run:
         self.block.phase(body)
         return self.block.reduce(values, combine, start)
 
-    def write(
-        self, factor: Callable[[], Expr], value: Callable[[Expr, Expr, Expr], Expr]
-    ) -> None:
+    def write(self, factor: Callable[[], Expr], value: Callable[[Expr, Expr, Expr], Expr]) -> None:
         """Write ``value(thread, column, factor)`` to every column."""
 
         def body(t: Expr) -> None:

@@ -91,7 +91,9 @@ def test_cached_attention_matches_float64(case: str, rng: np.random.Generator) -
 
 
 @pytest.mark.parametrize(
-    "mask", [None, Mask(), Mask("bool", per_query=True), Mask(per_head=True, per_query=True)], ids=str
+    "mask",
+    [None, Mask(), Mask("bool", per_query=True), Mask(per_head=True, per_query=True)],
+    ids=str,
 )
 def test_attend_all_matches_float64(mask: Mask | None, rng: np.random.Generator) -> None:
     a = Attention(4, 2, 32, 0.2, causal=False, k=Columns(100, 30))

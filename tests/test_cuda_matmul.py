@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 import tvm
 
-from mxcompile.formats import FORMATS, GROUP
+from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, GROUP, ActivationFormat
 from mxcompile.plan import ROW_TILE, TileFormats
 from mxcompile.targets.cuda_matmul import CudaMatmul
-from tests.test_cpu_matmul import CHECKS, MIX, NAMES, Library, Weight, activations, parts, quantized
+from tests.test_cpu_matmul import CHECKS, MIX, Library, Weight, activations, build, parts, quantized
+
 
 @cache
 def library() -> Library:
     kernel = CudaMatmul(splits=2, tiles=3, batches=2, rows=2, serial=True)
-    functions = {name: getattr(kernel, name)().with_attr("global_symbol", name) for name in NAMES}
+    made = {"matmul_f32": kernel.matmul_f32(), "gather_rows": kernel.gather_rows()}
+    for fmt in ACTIVATION_FORMATS.values():
+        made[f"quantize_{fmt}"] = kernel.quantize_activation(fmt)
+        made[f"matmul_{fmt}"] = kernel.matmul_quantized(fmt)
+    functions = {name: made[name].with_attr("global_symbol", name) for name in made}
     return Library(tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target("llvm")))
 
 
@@ -57,14 +62,14 @@ def test_gather_stays_inside() -> None:
     np.testing.assert_array_equal(y, weight.values[[0, 0, 31, 31]].astype(np.float32))
 
 
+@pytest.mark.parametrize("fmt", ACTIVATION_FORMATS.values(), ids=str)
 @pytest.mark.parametrize("columns", [1, 17, 32, 70, 640])
 @pytest.mark.parametrize("m", [1, 100])
-def test_quantize_equals_the_cpu(columns: int, m: int) -> None:
-    from tests.test_cpu_matmul import build
-
+def test_quantize_equals_the_cpu(columns: int, m: int, fmt: ActivationFormat) -> None:
     x = activations(m, columns)
     x[0, 0] = 1e-40
-    np.testing.assert_array_equal(quantized(library(), x), quantized(build("generic"), x))
+    expected = quantized(build("generic"), x, fmt)
+    np.testing.assert_array_equal(quantized(library(), x, fmt), expected)
 
 
 def test_quantize_hides_no_nan() -> None:
