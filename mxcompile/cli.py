@@ -291,8 +291,8 @@ def _describe_artifact(path: str, facts: dict[str, Any]) -> str:
     ]
     if facts["decoder_bits_per_weight"]:
         lines.append(f"decoder   {facts['decoder_bits_per_weight']:.3f} bits without vocabulary")
-    if facts["quality"]:
-        lines.append("quality   " + _describe_quality(facts["quality"]))
+    measured = _describe_quality(facts["quality"]) or "not verified: made where it cannot run"
+    lines.append("quality   " + measured)
     return "\n".join(lines)
 
 

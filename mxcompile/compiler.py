@@ -78,6 +78,7 @@ def compile_model(job: Job, progress: Progress) -> Artifact:
     """
     artifacts.check_destination(job.output, force=job.force)
     where = target.find(job.target)
+    lower.check_tools(where)
     return _build(job, where, _plan(job, where, progress), progress)
 
 
@@ -112,14 +113,24 @@ def _build(job: Job, where: target.Target, planned: Planned, progress: Progress)
             with progress.stage("verify"):
                 if job.plan is None:
                     verify.check_size(built, Budgets.parse(job.budgets, manifest.parameters).size)
-                quality = verify.check(built, job.model, planned.samples, planned.predicted)
-            if job.verify == "full":
+                quality = _verify(job, where, planned, built, progress)
+            if job.verify == "full" and quality:
                 verify.check_better(quality, _uniform_quality(job, where, planned, progress))
             page = report.render(
                 built, quality=quality, predicted=planned.predicted, seconds=progress.seconds
             )
             artifacts.finish(built, quality=quality, report=page)
     return artifacts.load(job.output)
+
+
+def _verify(
+    job: Job, where: target.Target, planned: Planned, built: Artifact, progress: Progress
+) -> Mapping[str, float]:
+    """What is measured on the program; nothing where this machine cannot run it."""
+    if not where.runs_here:
+        progress.note(f"not verified on this host: it cannot run {where.name} programs")
+        return {}
+    return verify.check(built, job.model, planned.samples, planned.predicted)
 
 
 def _uniform_quality(

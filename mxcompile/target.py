@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
+from mxcompile import gpu
 from mxcompile.errors import UsageError
 
 
@@ -20,9 +21,11 @@ from mxcompile.errors import UsageError
 class Target:
     """A kind of machine.
 
-    ``family`` groups targets that an alias such as ``x86`` chooses from; ``requires`` are the CPU
-    features that it uses, in the kernel's spelling; ``instructions`` selects the kernel templates'
-    inner loops; ``tvm`` is what ``tvm.target.Target`` takes.
+    ``family`` groups targets that an alias such as ``x86`` chooses from, away from such machines
+    the ``default``; ``requires`` are the CPU features that it uses, in the kernel's spelling, or the
+    GPU architectures; ``instructions`` selects the kernel templates'
+    inner loops; ``tvm`` is what ``tvm.target.Target`` takes; ``kernels`` names the family of kernel
+    templates.
     """
 
     name: str
@@ -31,6 +34,8 @@ class Target:
     requires: frozenset[str]
     instructions: str
     tvm: Mapping[str, Any]
+    default: bool = False
+    kernels: str = "cpu"
 
     @classmethod
     def parse(cls, name: str, text: str) -> Self:
@@ -48,9 +53,21 @@ class Target:
                 frozenset(data["requires"]),
                 data["kernels"]["instructions"],
                 MappingProxyType(data["tvm"]),
+                data.get("default", False),
+                data["kernels"].get("family", "cpu"),
             )
         except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
             raise UsageError(f"target {name}: {error}") from error
+
+    @property
+    def triple(self) -> str:
+        """The machine, or a GPU's host, in the spelling of linkers."""
+        return str(self.tvm.get("host", self.tvm)["mtriple"])
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine can run what is compiled for it."""
+        return self.family in host_families() and self.requires <= features()
 
 
 @cache
@@ -80,10 +97,20 @@ def host_family() -> str:
     return {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm"}.get(platform.machine(), "")
 
 
+def features() -> frozenset[str]:
+    """What programs for this machine may require: of its CPU and of its GPU."""
+    return host_features() | gpu.features()
+
+
+def host_families() -> frozenset[str]:
+    """The target families that this machine has: its CPU's, and "cuda" where there is a GPU."""
+    return frozenset({host_family()} | ({"cuda"} if gpu.features() else set()))
+
+
 def find(text: str) -> Target:
     """The target named ``text``, or for a family the best one that this machine can run.
 
-    On a machine of another family a family's name means its most widely found member.
+    On a machine of another family a family's name means its default.
 
     Raises:
         UsageError: there is no such target.
@@ -95,9 +122,9 @@ def find(text: str) -> Target:
     if not family:
         known = sorted({t.family for t in targets} | {t.name for t in targets})
         raise UsageError(f"no target {text}; targets: {', '.join(known)}")
-    if text != host_family():
-        return family[-1]
-    if runnable := [t for t in family if t.requires <= host_features()]:
+    if text not in host_families():
+        return next(t for t in family if t.default)
+    if runnable := [t for t in family if t.runs_here]:
         return runnable[0]
     raise UsageError(
         f"this CPU lacks what the {text} targets need ({', '.join(sorted(family[-1].requires))}); "

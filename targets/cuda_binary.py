@@ -54,6 +54,8 @@ def embedding(arch: str) -> Iterator[None]:
     Raises:
         UsageError: there is no CUDA compiler or runtime library here; the text says what to install.
     """
+    if shutil.which("nvcc") is None and _wheels() is None:
+        raise UsageError(f"no CUDA compiler for {arch}: {HOW}")
     _load_module_class()
     before = tvm_ffi.get_global_func(_CALLBACK, allow_missing=True)
     tvm_ffi.register_global_func(_CALLBACK, lambda code: cubin(code, arch), override=True)
@@ -68,14 +70,13 @@ def cubin(source: str, arch: str) -> bytes:
     """Compile CUDA C++ for one architecture.
 
     Raises:
-        UsageError: there is no CUDA compiler here.
-        RuntimeError: it refuses the source.
+        RuntimeError: the compiler refuses the source.
     """
     if nvcc := shutil.which("nvcc"):
         return _nvcc(nvcc, source, arch)
-    if (wheels := _wheels()) is not None:
-        return _nvrtc(wheels, source, arch)
-    raise UsageError(f"no CUDA compiler for {arch}: {HOW}")
+    wheels = _wheels()
+    assert wheels is not None
+    return _nvrtc(wheels, source, arch)
 
 
 def _nvcc(nvcc: str, source: str, arch: str) -> bytes:
