@@ -308,7 +308,9 @@ def _product(
     """The matrix product of a matrix, rounded to a format or as it is, with packed row tiles."""
     count, columns = shape_of(x)
     if activation is None:
-        return builder.call(builder.kernel(builder.kernels.matmul.matmul_f32), [x, *weight], (count, rows))
+        return builder.call(
+            builder.kernel(builder.kernels.matmul.matmul_f32), [x, *weight], (count, rows)
+        )
     size = cpu_matmul.activation_bytes(int(columns), activation)
     quantize = builder.kernel(builder.kernels.matmul.quantize_activation, activation)
     codes = builder.call(quantize, [x], (count, size), "int8")

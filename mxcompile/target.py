@@ -22,8 +22,8 @@ class Target:
     """A kind of machine.
 
     ``family`` groups targets that an alias such as ``x86`` chooses from, away from such machines
-    the ``default``; ``requires`` are the CPU features that it uses, in the kernel's spelling, or the
-    GPU architectures; ``instructions`` selects the kernel templates'
+    the ``default``; ``requires`` are the CPU features that it uses, in the kernel's spelling, or
+    architectures of GPUs; ``instructions`` selects the kernel templates'
     inner loops; ``tvm`` is what ``tvm.target.Target`` takes; ``kernels`` names the family of kernel
     templates.
     """

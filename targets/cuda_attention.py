@@ -51,7 +51,7 @@ class CudaAttention:
     serial: bool = False
 
     def append(self, a: Attention, dtype: str) -> tirx.PrimFunc:
-        """Make ``(k, v, past, keys, values)``: write k and v to the caches at ``past`` and after."""
+        """Make ``(k, v, past, keys, values)``: write k and v to the caches from ``past``."""
 
         def body() -> None:
             batch, seq, longest = symbol("batch"), symbol("seq"), symbol("longest")
@@ -101,7 +101,7 @@ class CudaAttention:
         return build(body)
 
     def attend(self, a: Attention, dtype: str) -> tirx.PrimFunc:
-        """Make ``(q, past, keys, values, out)``: attend to caches that hold the queries' own keys."""
+        """Make ``(q, past, keys, values, out)``: attend to caches that hold the own keys too."""
 
         def body() -> None:
             batch, seq, longest = symbol("batch"), symbol("seq"), symbol("longest")

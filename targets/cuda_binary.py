@@ -10,17 +10,17 @@ every call will do.
 
 import ctypes
 import functools
-import importlib.util
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import tvm_ffi
 
+from mxcompile import gpu
 from mxcompile.errors import UsageError
 
 HOW: Final = (
@@ -52,9 +52,10 @@ def embedding(arch: str) -> Iterator[None]:
     """While this lasts, TVM compiles CUDA source to a cubin for ``arch``, such as "sm_80".
 
     Raises:
-        UsageError: there is no CUDA compiler or runtime library here; the text says what to install.
+        UsageError: there is no CUDA compiler here; the text says what to install.
+        DeviceError: there is no CUDA runtime library.
     """
-    if shutil.which("nvcc") is None and _wheels() is None:
+    if shutil.which("nvcc") is None and _nvrtc_wheels() is None:
         raise UsageError(f"no CUDA compiler for {arch}: {HOW}")
     _load_module_class()
     before = tvm_ffi.get_global_func(_CALLBACK, allow_missing=True)
@@ -74,9 +75,9 @@ def cubin(source: str, arch: str) -> bytes:
     """
     if nvcc := shutil.which("nvcc"):
         return _nvcc(nvcc, source, arch)
-    wheels = _wheels()
-    assert wheels is not None
-    return _nvrtc(wheels, source, arch)
+    root = _nvrtc_wheels()
+    assert root is not None
+    return _nvrtc(root, source, arch)
 
 
 def _nvcc(nvcc: str, source: str, arch: str) -> bytes:
@@ -89,6 +90,11 @@ def _nvcc(nvcc: str, source: str, arch: str) -> bytes:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise RuntimeError(f"nvcc cannot compile the kernels: {'; '.join(errors[:3])}")
         return binary.read_bytes()
+
+
+def _nvrtc_wheels() -> Path | None:
+    root = gpu.wheels()
+    return root if root is not None and (root / "lib" / "libnvrtc.so.13").is_file() else None
 
 
 def _nvrtc(wheels: Path, source: str, arch: str) -> bytes:
@@ -120,42 +126,16 @@ def _nvrtc(wheels: Path, source: str, arch: str) -> bytes:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _wheels() -> Path | None:
-    """Where the package index's CUDA 13 lies, if it is installed."""
-    package = importlib.util.find_spec("nvidia")
-    places = package.submodule_search_locations if package is not None else None
-    found = (Path(place) / "cu13" for place in places or ())
-    return next((root for root in found if (root / "lib" / "libnvrtc.so.13").is_file()), None)
-
-
 @functools.cache
 def _load_module_class() -> None:
     """Load TVM's CUDA runtime library: with the driver, or else with one that refuses all calls."""
     if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is not None:
         return
-    _load_cudart()
     try:
         ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
     except OSError:
         _load_driver_of_no_device()
-    package = importlib.util.find_spec("tvm")
-    assert package is not None and package.submodule_search_locations
-    folder = Path(package.submodule_search_locations[0]) / "lib"
-    ctypes.CDLL(str(folder / "libtvm_runtime_cuda.so"), ctypes.RTLD_GLOBAL)
-
-
-def _load_cudart() -> None:
-    name = "libcudart.so.13"
-    places = [Path(name)]  # wherever the loader looks
-    if (wheels := _wheels()) is not None:
-        places.append(wheels / "lib" / name)
-    if nvcc := shutil.which("nvcc"):
-        places.append(Path(nvcc).resolve().parents[1] / "lib64" / name)
-    for place in places:
-        with suppress(OSError):
-            ctypes.CDLL(str(place), ctypes.RTLD_GLOBAL)
-            return
-    raise UsageError(f"no {name}: {HOW}")
+    gpu.load_tvm_runtime()
 
 
 def _load_driver_of_no_device() -> None:

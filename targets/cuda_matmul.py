@@ -19,6 +19,7 @@ so results agree to float32 rounding, not bit by bit.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from tvm.ir import Expr
@@ -170,12 +171,8 @@ class CudaMatmul:
                 def gather(t: Expr) -> None:
                     row = hold(T.max(T.min(ids[i], last), T.int64(0)))
                     for tile in weight.formats(row // ROW_TILE, count):
-                        strided(
-                            t,
-                            _GATHERERS,
-                            count * QUADS,
-                            lambda quad, tile=tile: _gather_quad(tile, y, i, row % ROW_TILE, quad),
-                        )
+                        quads = partial(_gather_quad, tile, y, i, row % ROW_TILE)
+                        strided(t, _GATHERERS, count * QUADS, quads)
 
                 block.phase(gather)
 
@@ -186,7 +183,7 @@ class CudaMatmul:
     def _gemv(
         self, weight: "_Weight", y: Any, rows: int, m: Expr, count: Expr, dots: "_Dots"
     ) -> None:
-        """A block a tile and ``rows`` activation rows; its warps take blocks of 8 groups in turn."""
+        """A block for a tile and ``rows`` activation rows; its warps take 8 groups in turn."""
         threads, n = self.splits * WARP, y.shape[1]
 
         def body(block: Block) -> None:
@@ -217,9 +214,9 @@ class CudaMatmul:
     def _mma(
         self, weight: "_Weight", q: Any, y: Any, digits: int, tiles: int, batches: int
     ) -> None:
-        """A block has ``tiles`` tiles and 8 times ``batches`` lines of ``q``, which are the digits of
-        activation rows one after the other; the warps of a tile split K.
+        """A block has ``tiles`` tiles and 8 times ``batches`` lines of ``q``.
 
+        A line is a digit of an activation row; the warps of a tile split K.
         All warps walk the blocks of 8 groups in step; a warp whose block does not exist adds zeros.
         """
         splits = self.splits if tiles == 1 else 1
@@ -356,8 +353,12 @@ class CudaMatmul:
             with when(T.And(T.And(tile < weight.tiles, at < y.shape[1]), line < y.shape[0])):
                 store(y, value * weight.row_scale(tile, count, row), line, at)
 
+        def put_all(t: Expr) -> None:
+            for i in used:
+                put(t, i, sums.get(t, i))
+
         if splits == 1:
-            block.phase(lambda t: [put(t, i, sums.get(t, i)) for i in used] and None)
+            block.phase(put_all)
             return
         parts = block.shared(splits, sums.count * WARP)
 
@@ -404,7 +405,7 @@ def _quantized_dots(
     dots = [[(side >> 8) * record[WORDS - 1] for side in sides] for record in records]
     for quad in range(QUADS):
         for i in range(ROWS):
-            codes = hold(group.quad(quad, lambda vector, i=i: words[vector * ROWS + i]))
+            codes = hold(group.quad(quad, partial(_row_of, words, i)))
             for by_row, record in zip(dots, records, strict=True):
                 by_row[i] = block.dp4a(codes, record[quad], by_row[i])
     for line, (by_row, record) in enumerate(zip(dots, records, strict=True)):
@@ -422,10 +423,7 @@ def _f32_dots(
     for index in range(len(places) * ROWS):
         store(dots, T.float32(0), index)
     with T.unroll(0, QUADS) as quad:
-        codes = [
-            hold(group.quad(quad, lambda vector, i=i: words[vector * ROWS + i]))
-            for i in range(ROWS)
-        ]
+        codes = [hold(group.quad(quad, partial(_row_of, words, i))) for i in range(ROWS)]
         for byte in range(4):
             column = hold(group.index * GROUP + quad * 4 + byte)
             inside = column < x.shape[1]
@@ -439,7 +437,7 @@ def _f32_dots(
 
 
 def _gather_quad(tile: "_Tile", y: Any, i: Expr, row: Expr, quad: Expr) -> None:
-    """Dequantize 4 columns of a row. A code times scale has 17 bits: only the last product rounds."""
+    """Dequantize 4 columns of a row. A code times scale is exact: only the last product rounds."""
     group = tile.group(hold(quad // QUADS))
     side = hold(group.side(row))
     codes = hold(group.word(row, quad % QUADS))
@@ -614,7 +612,7 @@ class _Tile:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A block of a tile: its first group, how many it has, at which vectors it and its codes start."""
+    """A block of a tile: its first group, their number, the vectors at which it and codes start."""
 
     tile: _Tile
     first: Expr
@@ -697,6 +695,11 @@ class _Group:
         top = 128 if self.fmt.bits == 8 else 0
         zero = T.cast(zero << _u32(max(0, self.fmt.bits - ZERO_BITS)), "int32")
         return T.cast(scale, "int32") | (T.int32(top) - zero) << 8
+
+
+def _row_of(words: Any, row: int, vector: int | Expr) -> Expr:
+    """A row's word of a vector, in what a thread of a GEMV holds."""
+    return words[vector * ROWS + row]
 
 
 def _lines(records: Any, digits: int) -> Any:

@@ -39,7 +39,7 @@ class CudaNorm:
         return self._by_run(runs, ["weight"], emit)
 
     def layer_norm(self, runs: Runs, eps: float) -> tirx.PrimFunc:
-        """Make ``(x, weight, bias, y)``: ``y = (x - mean) / sqrt(variance + eps) * weight + bias``."""
+        """Make ``(x, weight, bias, y)``: ``(x - mean) / sqrt(variance + eps) * weight + bias``."""
 
         def emit(run: _Run) -> None:
             total, means = run.accumulate(lambda _, c: run.x(c)), run.block.private(1)
@@ -92,7 +92,7 @@ class CudaNorm:
                         int64(size),
                         lambda c: x[(*row, start + source.offset + c)],
                         lambda c, value: store(y, value, *row, start + c),
-                        [lambda c, w=w: w[c] for w in shared],
+                        [w.__getitem__ for w in shared],
                     )
                 )
 

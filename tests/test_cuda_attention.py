@@ -1,5 +1,6 @@
 """CUDA attention, rotary and norms, read serially on this CPU, against numpy in float64."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,7 @@ def test_rotary_matches_definition(dim: int, rotated: int, rng: np.random.Genera
     np.testing.assert_allclose(got, want, rtol=0, atol=3 * 2.0**-24 * np.abs(x).max())
 
 
-NORMS = {
+NORMS: dict[str, tuple[Callable[[Runs], Any], Callable[..., Array], int]] = {
     "rms-norm": (lambda runs: NORM.rms_norm(runs, EPS), exact_rms_norm, 1),
     "layer-norm": (lambda runs: NORM.layer_norm(runs, EPS), exact_layer_norm, 2),
     "softmax": (NORM.softmax, exact_softmax, 0),
