@@ -67,7 +67,8 @@ class Target:
     @property
     def runs_here(self) -> bool:
         """Whether this machine can run what is compiled for it."""
-        return self.family in host_families() and self.requires <= features()
+        here = _family(self.triple.partition("-")[0]) == host_family()
+        return here and self.requires <= features()
 
 
 @cache
@@ -94,17 +95,16 @@ def host_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 def host_family() -> str:
     """The target family of this machine."""
-    return {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm"}.get(platform.machine(), "")
+    return _family(platform.machine())
+
+
+def _family(machine: str) -> str:
+    return {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm"}.get(machine, "")
 
 
 def features() -> frozenset[str]:
     """What programs for this machine may require: of its CPU and of its GPU."""
     return host_features() | gpu.features()
-
-
-def host_families() -> frozenset[str]:
-    """The target families that this machine has: its CPU's, and "cuda" where there is a GPU."""
-    return frozenset({host_family()} | ({"cuda"} if gpu.features() else set()))
 
 
 def find(text: str) -> Target:
@@ -122,10 +122,10 @@ def find(text: str) -> Target:
     if not family:
         known = sorted({t.family for t in targets} | {t.name for t in targets})
         raise UsageError(f"no target {text}; targets: {', '.join(known)}")
-    if text not in host_families():
-        return next(t for t in family if t.default)
     if runnable := [t for t in family if t.runs_here]:
         return runnable[0]
+    if text != host_family():
+        return next(t for t in family if t.default)
     raise UsageError(
         f"this CPU lacks what the {text} targets need ({', '.join(sorted(family[-1].requires))}); "
         f"name the target to compile for another machine: {', '.join(t.name for t in family)}"

@@ -1,80 +1,112 @@
-"""The CUDA matmul kernels, read serially on this CPU, against numpy float64 of the formats.
+"""The CUDA matmul kernels, serially on this CPU and on a GPU, against the formats in float64.
 
 Everything is tested as ``test_cpu_matmul`` tests the CPU kernels, with its tolerances: sums of a
 group are exact, and float32 rounding is bounded whatever the order of additions.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
-import tvm
 
-from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, GROUP, ActivationFormat
+from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, GROUP, ActivationFormat, groups
 from mxcompile.plan import ROW_TILE, TileFormats
-from mxcompile.targets.cuda_matmul import CudaMatmul
-from tests.test_cpu_matmul import CHECKS, MIX, Library, Weight, activations, build, parts, quantized
+from tests.cuda import Reading, readings
+from tests.test_cpu_matmul import CHECKS, MIX, Library, Weight, activations, parts, quantized
+
+
+@dataclass(frozen=True)
+class CudaLibrary(Library):
+    """The compiled kernels in a reading, called with arrays."""
+
+    reading: Reading
+
+    def __call__(self, name: str, *inputs: Any, shape: tuple[int, ...], dtype: str = "f4") -> Any:
+        # What a kernel must write is NaN or 85 before.
+        out = self.reading.tensor(np.full(shape, np.nan if dtype == "f4" else 85, dtype))
+        self.module[name](*map(self.reading.tensor, inputs), out)
+        return out.numpy()
 
 
 @cache
-def library() -> Library:
-    kernel = CudaMatmul(splits=2, tiles=3, batches=2, rows=2, serial=True)
+def compiled(reading: Reading) -> CudaLibrary:
+    kernel = reading.matmul
     made = {"matmul_f32": kernel.matmul_f32(), "gather_rows": kernel.gather_rows()}
     for fmt in ACTIVATION_FORMATS.values():
         made[f"quantize_{fmt}"] = kernel.quantize_activation(fmt)
         made[f"matmul_{fmt}"] = kernel.matmul_quantized(fmt)
-    functions = {name: made[name].with_attr("global_symbol", name) for name in made}
-    return Library(tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target("llvm")))
+    return CudaLibrary(reading.build(made), reading)
+
+
+@pytest.fixture(params=readings(), ids=str)
+def library(request: pytest.FixtureRequest) -> CudaLibrary:
+    return compiled(request.param)
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 @pytest.mark.parametrize("m", [1, 2, 8, 21])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_uniform(check: Callable[..., None], m: int, fmt: str) -> None:
+def test_uniform(library: CudaLibrary, check: Callable[..., None], m: int, fmt: str) -> None:
     columns = 9 * GROUP  # a block of 1 group and one of 8
     weight = Weight.random(2 * ROW_TILE, columns, TileFormats.parse(f"{fmt}*2"))
-    check(library(), weight, activations(m, columns))
+    check(library, weight, activations(m, columns))
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 @pytest.mark.parametrize("m", [1, 3, 8, 21])
 @pytest.mark.parametrize("columns", [1, 31, 70, 256, 259, 640, 1100])
-def test_mixed_and_odd(check: Callable[..., None], m: int, columns: int) -> None:
+def test_mixed_and_odd(
+    library: CudaLibrary, check: Callable[..., None], m: int, columns: int
+) -> None:
     rows = 5 * ROW_TILE + 3
-    check(library(), Weight.random(rows, columns, TileFormats.parse(MIX)), activations(m, columns))
+    check(library, Weight.random(rows, columns, TileFormats.parse(MIX)), activations(m, columns))
 
 
 @pytest.mark.parametrize("columns", [1, 4, 70, 256, 640])
-def test_gather_rows(columns: int) -> None:
+def test_gather_rows(library: CudaLibrary, columns: int) -> None:
     rows = 6 * ROW_TILE
     weight = Weight.random(rows, columns, TileFormats.parse(MIX))
     ids = np.random.default_rng(0).permutation(rows)
-    y = library()("gather_rows", ids, *weight.arguments, shape=(rows, columns))
+    y = library("gather_rows", ids, *weight.arguments, shape=(rows, columns))
     # Only the product with the row scale is rounded.
     np.testing.assert_array_equal(y, weight.values[ids].astype(np.float32))
 
 
-def test_gather_stays_inside() -> None:
+def test_gather_stays_inside(library: CudaLibrary) -> None:
     weight = Weight.random(2 * ROW_TILE, 40, TileFormats.parse("int4,int3"))
     ids = np.array([-1, -(2**62), 32, 2**62])
-    y = library()("gather_rows", ids, *weight.arguments, shape=(4, 40))
+    y = library("gather_rows", ids, *weight.arguments, shape=(4, 40))
     np.testing.assert_array_equal(y, weight.values[[0, 0, 31, 31]].astype(np.float32))
 
 
 @pytest.mark.parametrize("fmt", ACTIVATION_FORMATS.values(), ids=str)
 @pytest.mark.parametrize("columns", [1, 17, 32, 70, 640])
 @pytest.mark.parametrize("m", [1, 100])
-def test_quantize_equals_the_cpu(columns: int, m: int, fmt: ActivationFormat) -> None:
+def test_quantize(library: CudaLibrary, columns: int, m: int, fmt: ActivationFormat) -> None:
+    """Division, rounding half to even and digits, all exact."""
     x = activations(m, columns)
-    x[0, 0] = 1e-40
-    expected = quantized(build("generic"), x, fmt)
-    np.testing.assert_array_equal(quantized(library(), x, fmt), expected)
+    x[0, 0] = 1e-40  # alone in its group it counts as 0
+    padded = np.zeros((m, groups(columns) * GROUP), np.float32)
+    padded[:, :columns] = x
+    by_group = padded.reshape(m, -1, GROUP)
+    step = np.abs(by_group).max(2)
+    step = np.where(step < 1e-30, np.float32(0), step / np.float32(fmt.top))
+    code = np.rint(by_group / np.where(step > 0, step, 1)[..., None]).astype(np.int32)
+    codes, scales, sums = parts(quantized(library, x, fmt), fmt.digits)
+    np.testing.assert_array_equal(sums, codes.sum(2, dtype=np.int32))
+    weights = 256 ** np.arange(fmt.digits)[::-1]
+    digits = codes.reshape(m, fmt.digits, -1, GROUP)
+    np.testing.assert_array_equal(np.tensordot(digits, weights, (1, 0)), code)
+    expected = step[:, None] * weights[:, None].astype(np.float32)
+    np.testing.assert_array_equal(scales.reshape(expected.shape), expected)
 
 
-def test_quantize_hides_no_nan() -> None:
+def test_quantize_hides_no_nan(library: CudaLibrary) -> None:
     x = np.zeros((2, GROUP), np.float32)
     x[0, 3], x[1, 5] = np.nan, -np.inf
-    _, scales, _ = parts(quantized(library(), x))
+    _, scales, _ = parts(quantized(library, x))
     assert np.isnan(scales[0, 0])
     assert np.isinf(scales[1, 0])

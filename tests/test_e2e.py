@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -17,7 +18,14 @@ import pytest
 from mxcompile import evaluate, graph, inspection, passes, target
 from mxcompile.artifact import Artifact
 from mxcompile.compiler import Job, compile_model
-from mxcompile.errors import BudgetError, PlanError, UnsupportedError, UsageError, VerificationError
+from mxcompile.errors import (
+    ArtifactError,
+    BudgetError,
+    PlanError,
+    UnsupportedError,
+    UsageError,
+    VerificationError,
+)
 from mxcompile.formats import FORMATS
 from mxcompile.pipeline import Context, Pipeline
 from mxcompile.plan import PrecisionPlan, TileFormats
@@ -25,6 +33,7 @@ from mxcompile.progress import Progress
 from mxcompile.runtime import Program, Session
 from mxcompile.targets import packing
 from mxcompile.text import TextModel
+from tests import cuda
 
 TINYLM = Path(__file__).parents[1] / "models" / "tinylm"
 PROMPT = "In the beginning God created the heaven and the earth."
@@ -60,17 +69,17 @@ def mixed_plan(tinylm: Path) -> Path:
 @pytest.fixture(scope="session")
 def compile_tiny(
     tinylm: Path, mixed_plan: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], tuple[Artifact, Path]]:
+) -> Callable[..., tuple[Artifact, Path]]:
     """Compile with float or int8 activations, once each; gives the artifact and its Q/DQ model."""
-    done: dict[str, tuple[Artifact, Path]] = {}
+    done: dict[tuple[str, str], tuple[Artifact, Path]] = {}
 
-    def build(activations: str) -> tuple[Artifact, Path]:
-        if activations not in done:
+    def build(activations: str, where: str = "x86") -> tuple[Artifact, Path]:
+        if (activations, where) not in done:
             folder = tmp_path_factory.mktemp(activations)
             emitted = folder / "qdq.onnx"
             job = Job(
                 tinylm,
-                "x86",
+                where,
                 ("4.2bit",),
                 folder / "out.mxc",
                 activations=activations,  # type: ignore[arg-type]
@@ -80,8 +89,8 @@ def compile_tiny(
                 plan=mixed_plan,
                 cache=tinylm.parent,
             )
-            done[activations] = compile_model(job, Progress()), emitted
-        return done[activations]
+            done[activations, where] = compile_model(job, Progress()), emitted
+        return done[activations, where]
 
     return build
 
@@ -120,6 +129,56 @@ def test_int8_activations_follow_their_emitted_onnx(
         found = session.feed(part, "all").reshape(len(part), -1).argmax(-1)
         agreement.append(found == onnx_logits(emitted, part).argmax(-1))
     assert np.concatenate(agreement).mean() >= 0.97
+
+
+CUDA_ON_CPU = target.Target(
+    "cuda-on-cpu",
+    "the CUDA kernels, read serially",
+    "x86",
+    frozenset(),
+    "generic",
+    MappingProxyType({"kind": "llvm", "mtriple": "x86_64-linux-gnu"}),
+    kernels="cuda-on-cpu",
+)
+
+
+def test_cuda_kernels_decode_as_x86_does(
+    compile_tiny: Callable[..., tuple[Artifact, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole model on the kernels of the CUDA targets, in the reading that CPUs run.
+
+    Verification held it against the float model. Sums in another order move an int8 rounding now
+    and then, and logits by about 0.1; a token that only one of the two chooses must be a near tie.
+    """
+    here, _ = compile_tiny("int8")
+    monkeypatch.setattr(target, "find", lambda _: CUDA_ON_CPU)
+    there, _ = compile_tiny("int8", "cuda-on-cpu")
+    assert there.manifest.quality
+    sessions = [Session(Program.load(built.folder)) for built in (here, there)]
+    tokens = np.random.default_rng(2).integers(0, sessions[0].vocabulary, 40).tolist()
+    for _ in range(24):
+        expected, found = (np.array(s.feed(tokens)).reshape(-1) for s in sessions)
+        difference = float(np.abs(found - expected).max())
+        assert difference <= 0.03 * float(np.abs(expected).max())
+        tokens = [int(found.argmax())]
+        assert expected[tokens[0]] >= expected.max() - 2 * difference
+
+
+def test_cuda_artifacts_hold_machine_code(
+    compile_tiny: Callable[..., tuple[Artifact, Path]],
+) -> None:
+    """A machine without the GPU compiles for it, says that it did not verify, and cannot run it."""
+    cuda.require_compiler()
+    built, _ = compile_tiny("int8", "cuda-sm80")
+    code = (built.folder / "model.so").read_bytes()
+    assert set(cuda.cubins(code)) == {"sm_80"}
+    assert b"__global__" not in code
+    if "sm_80" in target.features():
+        assert built.manifest.quality
+        return
+    assert not built.manifest.quality
+    with pytest.raises(ArtifactError, match="this machine lacks sm_80"):
+        Program.load(built.folder)
 
 
 def test_one_token_at_a_time_equals_all_at_once(
