@@ -659,14 +659,13 @@ def _list(args: argparse.Namespace) -> None:
 def _targets() -> list[dict[str, Any]]:
     from mxcompile import target
 
-    here = target.host_features()
     return [
         {
             "name": found.name,
             "description": found.description,
             "family": found.family,
             "requires": sorted(found.requires),
-            "runs_here": found.family == target.host_family() and found.requires <= here,
+            "runs_here": found.runs_here,
         }
         for found in target.shipped()
     ]

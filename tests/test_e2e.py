@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from mxcompile import evaluate, graph, inspection, passes, target
+from mxcompile import evaluate, gpu, graph, inspection, passes, target
 from mxcompile.artifact import Artifact
 from mxcompile.compiler import Job, compile_model
 from mxcompile.errors import (
@@ -141,6 +141,10 @@ CUDA_ON_CPU = target.Target(
     MappingProxyType({"kind": "llvm", "mtriple": "x86_64-linux-gnu"}),
     kernels="cuda-on-cpu",
 )
+CUDA_READINGS = [
+    CUDA_ON_CPU.name,
+    *([pytest.param("cuda", marks=pytest.mark.gpu)] if gpu.features() else []),
+]
 
 
 @pytest.fixture
@@ -151,16 +155,20 @@ def quick_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_quantizer")
+@pytest.mark.parametrize("where", CUDA_READINGS)
 def test_cuda_kernels_decode_as_their_emitted_onnx(
-    compile_tiny: Callable[..., tuple[Artifact, Path]], monkeypatch: pytest.MonkeyPatch
+    where: str,
+    compile_tiny: Callable[..., tuple[Artifact, Path]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The whole model on the kernels of the CUDA targets, in the reading that CPUs run.
+    """The whole model on the kernels of the CUDA targets: on a GPU, and in the reading of CPUs.
 
     Sums in another order move an int8 rounding now and then, and logits by about 0.1; a token that
     only one of the two chooses must be a near tie.
     """
-    monkeypatch.setattr(target, "find", lambda _: CUDA_ON_CPU)
-    built, emitted = compile_tiny("int8", "cuda-on-cpu")
+    if where == CUDA_ON_CPU.name:
+        monkeypatch.setattr(target, "find", lambda _: CUDA_ON_CPU)
+    built, emitted = compile_tiny("int8", where)
     assert built.manifest.quality, "the artifact was not verified"
     session = Session(Program.load(built.folder))
     tokens = np.random.default_rng(2).integers(0, session.vocabulary, 40).tolist()
