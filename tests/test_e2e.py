@@ -9,16 +9,25 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
 import pytest
 
-from mxcompile import cli, evaluate, graph, inspection, passes, target, weights
+from mxcompile import cli, evaluate, gpu, graph, inspection, passes, target, weights
 from mxcompile.artifact import Artifact
 from mxcompile.compiler import Job, compile_model, price_model
-from mxcompile.errors import BudgetError, PlanError, UnsupportedError, UsageError, VerificationError
+from mxcompile.errors import (
+    ArtifactError,
+    BudgetError,
+    PlanError,
+    UnsupportedError,
+    UsageError,
+    VerificationError,
+)
 from mxcompile.formats import FORMATS
+from mxcompile.gptq import Quantizer
 from mxcompile.pipeline import Context, Pipeline
 from mxcompile.plan import PrecisionPlan, TileFormats
 from mxcompile.progress import Progress
@@ -26,7 +35,7 @@ from mxcompile.runtime import Program, Session
 from mxcompile.simulate import SimulatedSource
 from mxcompile.targets import packing
 from mxcompile.text import TextModel
-from tests import arm
+from tests import arm, cuda
 
 TINYLM = Path(__file__).parents[1] / "models" / "tinylm"
 PROMPT = "In the beginning God created the heaven and the earth."
@@ -166,6 +175,77 @@ def test_a_simulated_plan_is_the_emitted_one(
     expected = onnx_logits(emitted, tokens)
     # Sums in another order, through six layers; a code of difference would be thousands of these.
     np.testing.assert_allclose(found, expected, atol=256 * 2**-23 * np.abs(expected).max())
+
+
+CUDA_ON_CPU = target.Target(
+    "cuda-on-cpu",
+    "the CUDA kernels, read serially",
+    "x86",
+    frozenset(),
+    "generic",
+    256,
+    target.Speed(1e10, 1e11, 1e-4),
+    MappingProxyType({"kind": "llvm", "mtriple": "x86_64-linux-gnu"}),
+    kernels="cuda-on-cpu",
+)
+CUDA_READINGS = [
+    CUDA_ON_CPU.name,
+    *([pytest.param("cuda", marks=pytest.mark.gpu)] if gpu.features() else []),
+]
+
+
+@pytest.fixture
+def quick_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantize without error feedback, which takes most of the time and no kernel sees."""
+    plain = Quantizer.of(None)
+    monkeypatch.setattr(Quantizer, "of", lambda _: plain)
+
+
+@pytest.mark.usefixtures("quick_quantizer")
+@pytest.mark.parametrize("where", CUDA_READINGS)
+def test_cuda_kernels_decode_as_their_emitted_onnx(
+    where: str,
+    compile_tiny: Callable[..., tuple[Artifact, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The whole model on the kernels of the CUDA targets: on a GPU, and in the reading of CPUs.
+
+    Sums in another order move an int8 rounding now and then, and logits by about 0.1; a token that
+    only one of the two chooses must be a near tie.
+    """
+    if where == CUDA_ON_CPU.name:
+        monkeypatch.setattr(target, "find", lambda _: CUDA_ON_CPU)
+    built, emitted = compile_tiny("int8", where)
+    assert built.manifest.quality, "the artifact was not verified"
+    session = Session(Program.load(built.folder))
+    tokens = np.random.default_rng(2).integers(0, session.vocabulary, 40).tolist()
+    found = [session.feed(tokens, "last").reshape(-1).copy()]
+    for _ in range(24):
+        tokens.append(int(found[-1].argmax()))
+        found.append(session.feed(tokens[-1:], "last").reshape(-1).copy())
+    expected = onnx_logits(emitted, tokens)[39:]
+    difference = np.abs(np.stack(found) - expected).max(1)
+    assert (difference <= 0.03 * np.abs(expected).max(1)).all()
+    chosen = np.take_along_axis(expected, np.stack(found).argmax(1)[:, None], 1)[:, 0]
+    assert (chosen >= expected.max(1) - 2 * difference).all()
+
+
+@pytest.mark.usefixtures("quick_quantizer")
+def test_cuda_artifacts_hold_machine_code(
+    compile_tiny: Callable[..., tuple[Artifact, Path]],
+) -> None:
+    """A machine without the GPU compiles for it, says that it did not verify, and cannot run it."""
+    cuda.require_compiler()
+    built, _ = compile_tiny("int8", "cuda-sm80")
+    code = (built.folder / "model.so").read_bytes()
+    assert set(cuda.cubins(code)) == {"sm_80"}
+    assert b"__global__" not in code
+    if "sm_80" in target.features():
+        assert built.manifest.quality
+        return
+    assert not built.manifest.quality
+    with pytest.raises(ArtifactError, match="this machine lacks sm_80"):
+        Program.load(built.folder)
 
 
 def test_one_token_at_a_time_equals_all_at_once(
