@@ -98,7 +98,7 @@ class _Builder:
         """The function that a kernel template makes of its knobs; made once."""
         key = (template, knobs)
         if key not in self.kernels:
-            function = _rooted(template(*knobs))
+            function = rooted(template(*knobs))
             self.kernels[key] = self.scope.bb.add_func(function, template.__name__)
         return self.kernels[key]
 
@@ -143,7 +143,7 @@ def _simd(target: Target) -> cpu_norm.Simd:
     return cpu_norm.Simd(lanes=16 if target.instructions == "avx512vnni" else 8)
 
 
-def _rooted(function: Any) -> Any:
+def rooted(function: Any) -> Any:
     """A kernel with a root block, which Relax looks for in every function that it calls."""
     if not isinstance(function.body, s_tir.SBlockRealize):
         root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", function.body))
@@ -639,10 +639,14 @@ def phases(target: Target) -> dict[str, list[Any]]:
 
 def build(lowered: Lowered, target: Target, library: Path) -> None:
     """Compile a lowered module to a shared library."""
+    compile_module(lowered.module, target).export_library(str(library))
+
+
+def compile_module(module: Any, target: Target) -> Any:
+    """A Relax module's machine code, by the target's passes."""
     tvm_target = tvm.target.Target(dict(target.tvm))
     passes = [step for phase in phases(target).values() for step in phase]
     with tvm_target:
-        program = tvm.compile(
-            lowered.module, target=tvm_target, relax_pipeline=tvm.transform.Sequential(passes)
+        return tvm.compile(
+            module, target=tvm_target, relax_pipeline=tvm.transform.Sequential(passes)
         )
-    program.export_library(str(library))
