@@ -13,11 +13,24 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from mxcompile import artifact as artifacts
-from mxcompile import calibrate, graph, lower, passes, price, report, runtime, target, verify
+from mxcompile import (
+    calibrate,
+    graph,
+    lower,
+    passes,
+    price,
+    records,
+    report,
+    runtime,
+    target,
+    tune,
+    verify,
+)
 from mxcompile.artifact import Artifact
 from mxcompile.budget import Budgets
 from mxcompile.errors import PlanError, UsageError
 from mxcompile.instruments import Dump, Verify
+from mxcompile.knobs import Choice, choose
 from mxcompile.latency import Latency
 from mxcompile.pipeline import Context, Instrument, Pipeline
 from mxcompile.plan import PrecisionPlan, Rule
@@ -56,6 +69,7 @@ class Job:
     shapes: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     verify: Literal["quick", "full"] = "quick"
+    log: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +104,7 @@ def _build(job: Job, where: target.Target, planned: Planned, progress: Progress)
             emit(quantized, job.emit_onnx)
     with progress.stage("lower"):
         fused = _run(job, passes.FUSE, quantized, ctx)
-        lowered = lower.lower(fused, ctx)
+        lowered = lower.lower(fused, ctx, _choice(job, where, progress))
     del quantized, fused
     with tempfile.TemporaryDirectory(prefix="mxcompile-") as scratch:
         code = Path(scratch) / artifacts.CODE
@@ -119,6 +133,58 @@ def _build(job: Job, where: target.Target, planned: Planned, progress: Progress)
             )
             artifacts.finish(built, quality=quality, report=page)
     return artifacts.load(job.output)
+
+
+def _choice(job: Job, where: target.Target, progress: Progress) -> Choice:
+    """The knobs that this machine's tuning records are for, if the program is for its like."""
+    if not where.requires <= target.host_features():
+        return Choice()
+    known = records.load(job.log or records.user_folder())
+    if len(known):
+        progress.note(f"{len(known)} tuning records of this machine choose the kernels' knobs")
+    return choose(known, runtime.cores())
+
+
+def tune_model(
+    model: Path,
+    where: target.Target,
+    threads: int,
+    limits: tune.Limits,
+    log: Path,
+    progress: Progress,
+) -> list[tune.Outcome]:
+    """Tune the kernels for the products of a model or an artifact; records go into ``log``.
+
+    Raises:
+        UsageError: this machine cannot run the target's kernels.
+    """
+    if lacking := where.requires - target.host_features():
+        raise UsageError(
+            f"this CPU lacks {', '.join(sorted(lacking))}: tune {where.name} elsewhere"
+        )
+    with progress.stage("load"):
+        if model.is_dir():
+            shapes = tune.artifact_shapes(artifacts.load(model))
+        else:
+            loaded = Pipeline.parse(passes.FRONT, passes.REGISTRY).run(
+                graph.load(model), Context(where), [Verify()]
+            )
+            shapes = tune.model_shapes(loaded)
+    cases, known = tune.cases(shapes, threads), records.load(log)
+    found = []
+    with progress.stage("tune", len(cases)) as advance:
+        search = tune.tune(
+            cases,
+            tune.SessionMeasurer.local(where),
+            known,
+            limits,
+            lambda record: records.append(log, [record]),
+        )
+        for outcome in search:
+            found.append(outcome)
+            progress.note(str(outcome))
+            advance()
+    return found
 
 
 def _uniform_quality(

@@ -6,7 +6,7 @@ kernel templates, everything else Relax operators that TVM fuses and our schedul
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from tvm import relax, s_tir
 from mxcompile import graph, qdq
 from mxcompile.artifact import TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
+from mxcompile.knobs import Choice
 from mxcompile.passes.kv_cache import NO_WINDOW
 from mxcompile.pipeline import Context
 from mxcompile.relax_ops import (
@@ -83,6 +84,7 @@ class _Builder:
     packed: dict[tuple[str, ...], str] = field(default_factory=dict)
     views: dict[ir.Value, _View] = field(default_factory=dict)
     kernels: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    choice: Choice = field(default_factory=Choice)
 
     @property
     def simd(self) -> cpu_norm.Simd:
@@ -93,6 +95,10 @@ class _Builder:
     def matmul(self) -> cpu_matmul.MatmulKernel:
         """The target's matrix product kernels."""
         return cpu_matmul.MatmulKernel(self.target.instructions)  # type: ignore[arg-type]
+
+    def tuned(self, rows: int, columns: int) -> cpu_matmul.MatmulKernel:
+        """The same with what records say of a weight's shape."""
+        return replace(self.matmul, knobs=self.choice.knobs(rows, columns))
 
     def kernel(self, template: Callable[..., Any], *knobs: Any) -> Any:
         """The function that a kernel template makes of its knobs; made once."""
@@ -151,13 +157,18 @@ def rooted(function: Any) -> Any:
     return function.without_attr("global_symbol").with_attr("tirx.is_scheduled", True)
 
 
-def lower(model: ir.Model, ctx: Context) -> Lowered:
+def lower(model: ir.Model, ctx: Context, choice: Choice | None = None) -> Lowered:
     """Build the Relax module of a fused model.
+
+    Args:
+        model: The output of ``passes.FUSE``.
+        ctx: The target.
+        choice: The knobs of the matmul kernels, if any are known to be better than the defaults.
 
     Raises:
         UnsupportedError: a node has no lowering; the text names it.
     """
-    builder = _Builder(model, ctx.target, Scope(relax.BlockBuilder()))
+    builder = _Builder(model, ctx.target, Scope(relax.BlockBuilder()), choice=choice or Choice())
     _collect_weights(builder)
     scope = builder.scope
     specs = [_spec(v) for v in model.graph.inputs]
@@ -317,7 +328,8 @@ def _product(builder: _Builder, x: Expr, weight: list[Expr], rows: int, quantize
     size = cpu_matmul.activation_bytes(int(columns))
     quantize = builder.kernel(builder.matmul.quantize_activation)
     codes = builder.call(quantize, [x], (count, size), "int8")
-    return builder.call(builder.kernel(builder.matmul.matmul_int8), [codes, *weight], (count, rows))
+    product = builder.kernel(builder.tuned(rows, int(columns)).matmul_int8)
+    return builder.call(product, [codes, *weight], (count, rows))
 
 
 def _mixed_linear(builder: _Builder, node: ir.Node) -> list[Any]:

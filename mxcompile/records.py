@@ -18,6 +18,7 @@ from typing import Any, Final, Self
 
 from mxcompile import target
 from mxcompile.errors import UsageError
+from mxcompile.files import whole
 
 FILE: Final = "records.jsonl"
 
@@ -191,3 +192,11 @@ def merge(source: Path, folder: Path) -> int:
     new = [record for record in dict.fromkeys(found) if record not in known]
     append(folder, new)
     return len(new)
+
+
+def export(folder: Path, path: Path) -> int:
+    """Write what is kept in ``folder``, each record once, whole or not at all; gives how many."""
+    found = list(dict.fromkeys(read(folder / FILE)))
+    with whole(path) as draft:
+        draft.write_text("".join(record.to_line() for record in found))
+    return len(found)

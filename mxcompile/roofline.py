@@ -10,7 +10,7 @@ import functools
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +132,7 @@ def measure(threads: int) -> Roofline:
     )
 
 
-def _best_seconds(jobs: list[Callable[[], Any]]) -> float:
+def _best_seconds(jobs: Sequence[Callable[[], Any]]) -> float:
     """The least time in which all jobs were done at once; C releases the interpreter's lock."""
     seconds = []
     with ThreadPoolExecutor(len(jobs)) as pool:

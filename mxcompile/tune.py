@@ -5,40 +5,33 @@ the defaults along one knob after another, keeps what is faster, and stops when 
 knobs are few and hardly interact. A trial is a program of calls that stream copies of a weight from
 memory, as decoding does, built by TVM and timed by TVM's evaluator through an RPC session: the
 local one here, but nothing in this module would differ for one that is connected to a device.
-
-What a compile makes of the records is in ``choose``. All shapes share one function that has the
-knobs that are best for a format over all shapes; a shape gets a function of its own only where its
-records say that this saves ``WORTH`` of its time.
 """
 
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
+import onnx_ir as ir
 import tvm
 from tvm import relax, rpc
 
-from mxcompile import lower, runtime
+from mxcompile import graph, lower, runtime
+from mxcompile.artifact import Artifact
 from mxcompile.formats import FORMATS
-from mxcompile.plan import ROW_TILE, tile_bytes
+from mxcompile.knobs import GAIN, Setting, space_of
+from mxcompile.plan import ROW_TILE, Unit, tile_bytes
 from mxcompile.records import Case, Record, Records, hardware_id
 from mxcompile.target import Target
 from mxcompile.targets.cpu_matmul import Knobs, MatmulKernel, activation_bytes
 
-Setting = tuple[tuple[str, int], ...]
-"""Knobs as records have them: what is not the default, by name."""
-
-DECODE: Final[Mapping[str, tuple[int, ...]]] = {
-    "prefetch": (0, 1024, 2048, 4096, 8192, 16384),
-    "chains": (1, 2, 4),
-}
-PREFILL: Final[Mapping[str, tuple[int, ...]]] = {"row_block": (4, 6, 8, 10, 12)}
-"""The values that are tried, for one activation row and for many."""
+Shape = tuple[str, int, int]
+"""A product: format, rows and columns of the weight."""
 
 BATCHES: Final = (1, 128)
 """The activation rows that are tuned for: a decode step, and what ``chunk`` takes of a prompt."""
@@ -47,12 +40,6 @@ STREAM_BYTES: Final = 96 << 20
 """Weights that a trial reads, if need be by copies: three times a large cache."""
 
 REPEATS: Final = 15
-
-GAIN: Final = 0.01
-"""A knob that saves less of the time than that is left as it was: noise is as large."""
-
-WORTH: Final = 0.03
-"""A shape has functions of its own where that saves more of its time."""
 
 
 class Measurer(Protocol):
@@ -105,7 +92,7 @@ class SessionMeasurer:
             self._arguments = (case, [tvm.runtime.tensor(a, device) for a in _inputs(case)])
         self.set_threads(case.threads)
         evaluator = machine.time_evaluator("main", device, number=1, repeat=REPEATS)
-        return 1e6 * min(evaluator(*self._arguments[1]).results) / _copies(case)
+        return float(1e6 * min(evaluator(*self._arguments[1]).results) / _copies(case))
 
 
 def _copies(case: Case) -> int:
@@ -152,6 +139,52 @@ def _inputs(case: Case) -> Iterator[np.ndarray]:
         yield np.ones(size, np.uint8)
 
 
+def artifact_shapes(artifact: Artifact) -> Counter[Shape]:
+    """The products of an artifact's program, with how often each is in it."""
+    plan = artifact.plan()
+    units = {unit.name: unit for unit in plan.units}
+    found: Counter[Shape] = Counter()
+    for name in artifact.manifest.weights:
+        label, _, kind = name.rpartition(".")
+        parts = [units[part] for part in label.split("+") if part in units]
+        if kind == "packed" and parts:
+            rows = sum(unit.rows for unit in parts)
+            formats = {fmt.name for unit in parts for fmt in plan.tiles[unit.name].formats}
+            found.update((fmt, rows, parts[0].columns) for fmt in formats)
+    return found
+
+
+def model_shapes(model: ir.Model) -> Counter[Shape]:
+    """The products that a canonical model may be compiled to: every format may come up.
+
+    Weights that one value is multiplied with are one product, as ``fuse-qdq`` has it.
+    """
+    units = {unit.name: unit for unit in graph.units(model)}
+    merged: dict[object, list[Unit]] = {}
+    for name, uses in graph.uses(model).items():
+        linear = [use for use in uses if use.kind == "linear"]
+        if linear:
+            alone = len(uses) > 1 or units[name].rows % ROW_TILE
+            key = name if alone else linear[0].node.inputs[0]
+            merged.setdefault(key, []).append(units[name])
+    found: Counter[Shape] = Counter()
+    for group in merged.values():
+        shape = (sum(unit.rows for unit in group), group[0].columns)
+        found.update((fmt, *shape) for fmt in FORMATS)
+    return found
+
+
+def cases(shapes: Counter[Shape], threads: int) -> list[Case]:
+    """What to tune, first what takes most of a decode step, then what takes most of a prompt."""
+
+    def weight(item: tuple[Shape, int]) -> int:
+        (fmt, rows, columns), count = item
+        return count * rows * columns * FORMATS[fmt].bits
+
+    ordered = [shape for shape, _ in sorted(shapes.items(), key=weight, reverse=True)]
+    return [Case(*shape, batch, threads) for batch in BATCHES for shape in ordered]
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """When a search ends: trials of a case, and seconds of all; None for no end but its own."""
@@ -169,6 +202,10 @@ class Outcome:
     best_us: float
     knobs: Knobs
     trials: int
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{k} {v}" for k, v in asdict(self.knobs).items() if v)
+        return f"{self.case}: {self.default_us:.1f} us, best {self.best_us:.1f} us with {shown}"
 
 
 def tune(
@@ -214,15 +251,16 @@ def _search(
     case: Case, default: float, measure: Callable[[Setting], float | None]
 ) -> tuple[Setting, float]:
     """Descend along one knob after another until none helps; the setting and its time."""
-    best, us, improved = (), default, True
-    space = _space(case.batch)
+    best: Setting = ()
+    us, improved = default, True
+    space = space_of(case.batch)
     while improved:
         improved = False
         for name, values in space.items():
-            tried = [(_with(best, name, value), value) for value in values]
-            timed = [(measure(setting), setting) for setting, _ in tried]
-            found = min((t for t in timed if t[0] is not None), default=None, key=lambda t: t[0])
-            if found is not None and found[0] is not None and found[0] < us * (1 - GAIN):
+            settings = [_with(best, name, value) for value in values]
+            timed = [(spent, s) for s in settings if (spent := measure(s)) is not None]
+            found = min(timed, default=(us, best))
+            if found[0] < us * (1 - GAIN):
                 (us, best), improved = found, len(space) > 1
     return best, us
 
@@ -232,65 +270,3 @@ def _with(setting: Setting, name: str, value: int) -> Setting:
     changed = replace(Knobs(), **{**dict(setting), name: value})
     default = asdict(Knobs())
     return tuple(sorted((k, v) for k, v in asdict(changed).items() if v != default[k]))
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The knobs that records are for: of a format, and of shapes that deserve their own."""
-
-    by_format: Mapping[str, Knobs] = field(default_factory=dict)
-    by_shape: Mapping[tuple[str, int, int], Knobs] = field(default_factory=dict)
-
-    def knobs(self, rows: int, columns: int) -> tuple[tuple[str, Knobs], ...]:
-        """What a ``MatmulKernel`` for a weight of a shape takes."""
-        found = {
-            name: self.by_shape.get((name, rows, columns), self.by_format.get(name, Knobs()))
-            for name in FORMATS
-        }
-        return tuple((name, knobs) for name, knobs in found.items() if knobs != Knobs())
-
-
-def choose(records: Records, threads: int) -> Choice:
-    """The knobs for a program that runs on ``threads``, without a trial."""
-    cases: dict[tuple[str, int], list[Case]] = {}
-    for case in records.cases():
-        if case.threads == threads and () in records.times(case):
-            cases.setdefault((case.format, min(case.batch, 2)), []).append(case)
-    by_format: dict[str, Setting] = {}
-    by_shape: dict[tuple[str, int, int], Setting] = {}
-    for (name, batch), group in cases.items():
-        shared = _best_of_all([records.times(case) for case in group])
-        by_format[name] = _overlay(by_format.get(name, ()), shared, _space(batch))
-    for (name, _), group in cases.items():
-        for case in group:
-            times = records.times(case)
-            own = min(times, key=times.__getitem__)
-            space = _space(case.batch)
-            usual = tuple(knob for knob in by_format[name] if knob[0] in space)
-            if times[own] < times[usual] * (1 - WORTH):
-                key = (name, case.rows, case.columns)
-                by_shape[key] = _overlay(by_shape.get(key, by_format[name]), own, space)
-    return Choice(
-        {name: replace(Knobs(), **dict(s)) for name, s in by_format.items()},
-        {key: replace(Knobs(), **dict(s)) for key, s in by_shape.items()},
-    )
-
-
-def _best_of_all(cases: Sequence[Mapping[Setting, float]]) -> Setting:
-    """The setting that was tried in all cases and saves most of their times on average."""
-    common = set.intersection(*(set(times) for times in cases))
-
-    def mean(setting: Setting) -> float:
-        return sum(times[setting] / times[()] for times in cases) / len(cases)
-
-    best = min(sorted(common), key=mean)
-    return best if mean(best) < 1 - GAIN else ()
-
-
-def _space(batch: int) -> Mapping[str, tuple[int, ...]]:
-    return DECODE if batch == 1 else PREFILL
-
-
-def _overlay(old: Setting, new: Setting, space: Mapping[str, tuple[int, ...]]) -> Setting:
-    """A setting with its knobs of one space as ``new`` has them."""
-    return tuple(sorted([*(knob for knob in old if knob[0] not in space), *new]))
