@@ -79,63 +79,58 @@ class SessionMeasurer:
 
     def microseconds(self, case: Case, knobs: Knobs) -> float:
         """The least of some calls: whatever else a machine does only adds to it."""
-        device = self.session.cpu()
+        device, copies = self.session.cpu(), max(1, -(-STREAM_BYTES // weight_bytes(case)))
         self._trials += 1  # a library that is loaded must not be written over
         with tempfile.TemporaryDirectory(prefix="mxcompile-") as folder:
             library = Path(folder) / f"trial{self._trials}.so"
-            program = lower.compile_module(_program(case, knobs, self.target), self.target)
-            program.export_library(str(library))
+            built = lower.compile_module(program(case, knobs, self.target, copies), self.target)
+            built.export_library(str(library))
             self.session.upload(str(library))
         machine = relax.VirtualMachine(self.session.load_module(library.name), device)
         self.session.remove(library.name)
         if self._arguments is None or self._arguments[0] != case:
-            self._arguments = (case, [tvm.runtime.tensor(a, device) for a in _inputs(case)])
+            self._arguments = (case, [tvm.runtime.tensor(a, device) for a in inputs(case, copies)])
         self.set_threads(case.threads)
         evaluator = machine.time_evaluator("main", device, number=1, repeat=REPEATS)
-        return float(1e6 * min(evaluator(*self._arguments[1]).results) / _copies(case))
+        return float(1e6 * min(evaluator(*self._arguments[1]).results) / copies)
 
 
-def _copies(case: Case) -> int:
-    return max(1, -(-STREAM_BYTES // _weight_bytes(case)))
+def weight_bytes(case: Case) -> int:
+    """The bytes of a packed weight."""
+    return _tiles(case) * tile_bytes(case.columns, FORMATS[case.format])
 
 
 def _tiles(case: Case) -> int:
     return -(-case.rows // ROW_TILE)
 
 
-def _weight_bytes(case: Case) -> int:
-    return _tiles(case) * tile_bytes(case.columns, FORMATS[case.format])
-
-
-def _program(case: Case, knobs: Knobs, target: Target) -> Any:
-    """A Relax module that multiplies with every copy of a weight in turn."""
+def program(case: Case, knobs: Knobs, target: Target, copies: int) -> Any:
+    """A Relax module ``main(codes, table, *weights)`` that multiplies with every copy in turn."""
     kernel = MatmulKernel(
         target.instructions,  # type: ignore[arg-type]
         formats=(case.format,),
         knobs=((case.format, knobs),),
     )
     bb = relax.BlockBuilder()
-    tensors = [relax.TensorType(a.shape, str(a.dtype)) for a in _inputs(case)]
+    tensors = [relax.TensorType(a.shape, str(a.dtype)) for a in inputs(case, copies)]
     codes, table, *weights = (relax.Var(f"x{i}", t) for i, t in enumerate(tensors))
     product = bb.add_func(lower.rooted(kernel.matmul_int8()), "matmul_int8")
     out = relax.TensorType((case.batch, case.rows), "float32")
     with bb.function("main", [codes, table, *weights]):
         with bb.dataflow():
-            results = [
-                bb.emit(relax.call_tir(product, [codes, weight, table], out)) for weight in weights
-            ]
-            found = bb.emit_output(relax.Tuple(results))
+            calls = [relax.call_tir(product, [codes, weight, table], out) for weight in weights]
+            found = bb.emit_output(relax.Tuple([bb.emit(call) for call in calls]))
         bb.emit_func_output(found)
     return bb.finalize()
 
 
-def _inputs(case: Case) -> Iterator[np.ndarray]:
-    """Codes, table and copies of a weight; what numbers they hold changes no time."""
-    fmt, size = FORMATS[case.format], _weight_bytes(case)
+def inputs(case: Case, copies: int) -> Iterator[np.ndarray]:
+    """What ``program`` takes; what numbers they hold changes no time."""
+    fmt, size = FORMATS[case.format], weight_bytes(case)
     yield np.ones((case.batch, activation_bytes(case.columns)), np.int8)
     starts = np.arange(_tiles(case)) * (size // _tiles(case) // 64)
     yield np.stack([np.full(_tiles(case), fmt.bits), starts], axis=1).astype(np.int32)
-    for _ in range(_copies(case)):
+    for _ in range(copies):
         yield np.ones(size, np.uint8)
 
 
