@@ -21,6 +21,7 @@ from mxcompile import (
     price,
     records,
     report,
+    roofline,
     runtime,
     target,
     tune,
@@ -31,11 +32,12 @@ from mxcompile.budget import Budgets
 from mxcompile.errors import PlanError, UsageError
 from mxcompile.instruments import Dump, Verify
 from mxcompile.knobs import Choice, choose
-from mxcompile.latency import Latency
+from mxcompile.latency import Latency, predict
 from mxcompile.pipeline import Context, Instrument, Pipeline
 from mxcompile.plan import PrecisionPlan, Rule
 from mxcompile.price import Costs
 from mxcompile.progress import Progress
+from mxcompile.records import Records
 from mxcompile.samples import Samples
 from mxcompile.solve import ANY_SPEED, Solution, solve, sweep
 from mxcompile.statistics import Statistics
@@ -139,7 +141,7 @@ def _choice(job: Job, where: target.Target, progress: Progress) -> Choice:
     """The knobs that this machine's tuning records are for, if the program is for its like."""
     if not where.requires <= target.host_features():
         return Choice()
-    known = records.load(job.log or records.user_folder())
+    known = _records(job)
     if len(known):
         progress.note(f"{len(known)} tuning records of this machine choose the kernels' knobs")
     return choose(known, runtime.cores())
@@ -341,21 +343,24 @@ def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
     if plan is not None:
         return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
     costs = _prices(model, lambda: statistics, kept, progress)
-    found = _solve(job, model, costs, fixed, progress)
+    found = _solve(job, where, model, costs, fixed, progress)
     return Planned(model, samples, found.plan, statistics, _predictions(found, model))
 
 
-def _solve(job: Job, model: ir.Model, costs: Costs, fixed: int, progress: Progress) -> Solution:
+def _solve(
+    job: Job,
+    where: target.Target,
+    model: ir.Model,
+    costs: Costs,
+    fixed: int,
+    progress: Progress,
+) -> Solution:
     count = graph.parameters(model)
     budgets = Budgets.parse(job.budgets, count)
     with progress.stage("solve"):
         latency = ANY_SPEED
         if budgets.rate is not None:
-            reads = {
-                unit: sum(use.kind != "embedding" for use in uses)
-                for unit, uses in graph.uses(model).items()
-            }
-            latency = Latency.measured(runtime.cores(), reads)
+            latency = _latency(job, where, model)
             progress.note(f"the rate is predicted by {latency.source}")
         return solve(
             costs.bind(job.rules),
@@ -364,6 +369,27 @@ def _solve(job: Job, model: ir.Model, costs: Costs, fixed: int, progress: Progre
             fixed_bytes=fixed,
             latency=latency,
         )
+
+
+def _latency(job: Job, where: target.Target, model: ir.Model) -> Latency:
+    """What decode steps are predicted with, on this machine."""
+    threads = runtime.cores()
+    reads = {
+        unit: sum(use.kind != "embedding" for use in uses)
+        for unit, uses in graph.uses(model).items()
+    }
+    return predict(
+        tune.products(model),
+        reads,
+        _records(job),
+        threads=threads,
+        bandwidth=roofline.measure(threads).read_bandwidth,
+        fixed_seconds=tune.kernel_calls(model) * tune.call_seconds(where),
+    )
+
+
+def _records(job: Job) -> Records:
+    return records.load(job.log or records.user_folder())
 
 
 def _predictions(found: Solution, model: ir.Model) -> dict[str, float | str]:

@@ -23,11 +23,13 @@ from tvm import relax, rpc
 
 from mxcompile import graph, lower, runtime
 from mxcompile.artifact import Artifact
+from mxcompile.errors import UsageError
 from mxcompile.formats import FORMATS
 from mxcompile.knobs import GAIN, Setting, space_of
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
 from mxcompile.records import Case, Record, Records, hardware_id
-from mxcompile.target import Target
+from mxcompile.target import Target, host_features
+from mxcompile.targets import cpu_norm
 from mxcompile.targets.cpu_matmul import Knobs, MatmulKernel, activation_bytes
 
 Shape = tuple[str, int, int]
@@ -40,6 +42,24 @@ STREAM_BYTES: Final = 96 << 20
 """Weights that a trial reads, if need be by copies: three times a large cache."""
 
 REPEATS: Final = 15
+
+
+_KERNELS: Final = {
+    "RMSNormalization": 1,
+    "LayerNormalization": 1,
+    "RotaryEmbedding": 1,
+    "Attention": 2,
+    "Softmax": 1,
+    "Gelu": 1,
+    "Sigmoid": 1,
+    "Add": 1,
+    "Gather": 1,
+}
+"""The kernels that operators call; appending to a cache is one besides attention itself."""
+
+_NORM: Final = 640
+_CALLS: Final = 100
+"""The floats of a norm, and how many norms, that measure what a call costs."""
 
 
 class Measurer(Protocol):
@@ -150,9 +170,18 @@ def artifact_shapes(artifact: Artifact) -> Counter[Shape]:
 
 
 def model_shapes(model: ir.Model) -> Counter[Shape]:
-    """The products that a canonical model may be compiled to: every format may come up.
+    """The products that a canonical model may be compiled to: every format may come up."""
+    found: Counter[Shape] = Counter()
+    for group in products(model):
+        shape = (sum(unit.rows for unit in group), group[0].columns)
+        found.update((fmt, *shape) for fmt in FORMATS)
+    return found
 
-    Weights that one value is multiplied with are one product, as ``fuse-qdq`` has it.
+
+def products(model: ir.Model) -> list[list[Unit]]:
+    """The weights of each matrix product of a canonical model.
+
+    What one value is multiplied with is one product, as ``fuse-qdq`` has it.
     """
     units = {unit.name: unit for unit in graph.units(model)}
     merged: dict[object, list[Unit]] = {}
@@ -162,11 +191,53 @@ def model_shapes(model: ir.Model) -> Counter[Shape]:
             alone = len(uses) > 1 or units[name].rows % ROW_TILE
             key = name if alone else linear[0].node.inputs[0]
             merged.setdefault(key, []).append(units[name])
-    found: Counter[Shape] = Counter()
-    for group in merged.values():
-        shape = (sum(unit.rows for unit in group), group[0].columns)
-        found.update((fmt, *shape) for fmt in FORMATS)
-    return found
+    return list(merged.values())
+
+
+def kernel_calls(model: ir.Model) -> int:
+    """About how many kernels a step of a canonical model calls besides matrix products.
+
+    Each product quantizes its activations first. What only looks at a tensor otherwise, or works
+    on sizes, calls none; element-wise chains are fused with the first of their operators.
+    """
+    count = len(products(model))
+    for node in model.graph:
+        kinds = {v.dtype for v in node.outputs}
+        if kinds == {ir.DataType.FLOAT} and node.op_type in _KERNELS:
+            count += _KERNELS[node.op_type]
+    return count
+
+
+def call_seconds(target: Target) -> float:
+    """What a small kernel of a step costs on this machine: a norm of a row, as programs call it.
+
+    Raises:
+        UsageError: this machine cannot run the target's kernels.
+    """
+    check_host(target)
+    kernel = cpu_norm.rms_norm(cpu_norm.Runs(_NORM), 1e-6, cpu_norm.Simd())
+    bb = relax.BlockBuilder()
+    seq = tvm.tirx.Var("seq", "int64")  # as programs have it: sizes are checked in every call
+    row = relax.TensorType((1, seq, _NORM), "float32")
+    x, weight = relax.Var("x", row), relax.Var("weight", relax.TensorType((_NORM,), "float32"))
+    norm = bb.add_func(lower.rooted(kernel), "norm")
+    with bb.function("main", [x, weight]):
+        with bb.dataflow():
+            value: Any = x
+            for _ in range(_CALLS):
+                value = bb.emit(relax.call_tir(norm, [value, weight], row))
+            value = bb.emit_output(value)
+        bb.emit_func_output(value)
+    machine = relax.VirtualMachine(lower.compile_module(bb.finalize(), target), tvm.cpu())
+    ones = [np.ones((1, 1, _NORM), np.float32), np.ones(_NORM, np.float32)]
+    evaluator = machine.time_evaluator("main", tvm.cpu(), number=5, repeat=REPEATS)
+    return float(min(evaluator(*map(tvm.runtime.tensor, ones)).results) / _CALLS)
+
+
+def check_host(target: Target) -> None:
+    """Raise UsageError when this machine cannot run the target's kernels."""
+    if lacking := target.requires - host_features():
+        raise UsageError(f"this CPU lacks {', '.join(sorted(lacking))}, which {target.name} needs")
 
 
 def cases(shapes: Counter[Shape], threads: int) -> list[Case]:

@@ -24,10 +24,11 @@ import onnx.helper as oh
 import onnxruntime
 import tvm
 
-from mxcompile import roofline, runtime, target, tune
+from mxcompile import lower, roofline, runtime, target, tune
 from mxcompile.formats import FORMATS, GROUP
 from mxcompile.knobs import Choice, choose
 from mxcompile.records import Case, load, user_folder
+from mxcompile.targets.cpu_matmul import Knobs
 
 OURS, ORT, OPENVINO = "mxcompile", "onnxruntime", "openvino"
 SHAPES: Final = "4096x4096,11008x4096,262144x640"
@@ -63,9 +64,9 @@ def ours(case: Case, choice: Choice) -> System:
     """The kernels of this repository, as programs have them."""
     size = tune.weight_bytes(case)
     copies = copies_of(size, case.batch)
-    kernel_knobs = dict(choice.knobs(case.rows, case.columns)).get(case.format, tune.Knobs())
+    kernel_knobs = dict(choice.knobs(case.rows, case.columns)).get(case.format, Knobs())
     where = target.find("x86")
-    program = tune.lower.compile_module(tune.program(case, kernel_knobs, where, copies), where)
+    program = lower.compile_module(tune.program(case, kernel_knobs, where, copies), where)
     machine = tvm.relax.VirtualMachine(program, tvm.cpu())
     inputs = [tvm.runtime.tensor(array) for array in tune.inputs(case, copies)]
     return System(OURS, case, copies, size, lambda: machine["main"](*inputs))
@@ -83,13 +84,11 @@ def ort(case: Case) -> System | None:
     zeros = np.full((n, -(-blocks * bits // 8)), 0x88 if bits > 2 else 0xAA, np.uint8)
     size = data.nbytes + scales.nbytes + zeros.nbytes
     copies = copies_of(size, case.batch)
+    arrays: dict[str, np.ndarray] = {"w": data, "s": scales, "z": zeros}
     nodes, tensors = [], []
     for i in range(copies):
-        names = [f"w{i}", f"s{i}", f"z{i}"]
-        tensors += [
-            onnx.numpy_helper.from_array(array, name)
-            for array, name in zip((data, scales, zeros), names, strict=True)
-        ]
+        names = [f"{name}{i}" for name in arrays]
+        tensors += map(onnx.numpy_helper.from_array, arrays.values(), names)
         node = oh.make_node("MatMulNBits", ["x", *names], [f"y{i}"], domain="com.microsoft")
         facts = {"K": k, "N": n, "bits": bits, "block_size": GROUP, "accuracy_level": 4}
         node.attribute.extend(oh.make_attribute(name, value) for name, value in facts.items())
@@ -272,7 +271,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON rows")
     args = parser.parse_args()
     by_bits = {str(fmt.bits): fmt.name for fmt in FORMATS.values()}
-    records, rows = load(args.log), []
+    records = load(args.log)
+    rows: list[dict[str, Any]] = []
     for threads in map(int, args.threads.split(",")):
         choice = choose(records, threads)
         for shape in args.shapes.split(","):
