@@ -37,7 +37,7 @@ typedef int32_t v8 __attribute__((vector_size(32)));
 
 /* Two streams, asked for ahead: one is slower, and so is leaving it to the hardware. */
 #define READ(name, features, vector)                                          \
-  __attribute__((target(features))) int name(const char *data, size_t size) { \
+  features int name(const char *data, size_t size) {                          \
     size_t half = size / 2;                                                   \
     vector even = {0}, odd = {0};                                             \
     for (size_t at = 0; at < half; at += 128)                                 \
@@ -55,7 +55,7 @@ typedef int32_t v8 __attribute__((vector_size(32)));
 
 /* Twelve chains are more than the pipeline has stages; asm keeps all of them. */
 #define PEAK(name, features, vector, ...)                          \
-  __attribute__((target(features))) int name(size_t steps) {       \
+  features int name(size_t steps) {                                \
     vector a[12] = {{0}}, t = {0}, x = {0}, y = {0};               \
     for (size_t n = 0; n < steps; n++) {                           \
       _Pragma("GCC unroll 12") for (int i = 0; i < 12; i++) {      \
@@ -65,21 +65,25 @@ typedef int32_t v8 __attribute__((vector_size(32)));
     return (a[0] + t)[0];                                          \
   }
 
-READ(read_avx512, "avx512f", v16)
-READ(read_avx2, "avx2", v8)
-PEAK(peak_avx512vnni, "avx512f,avx512vnni", v16,
+READ(read_any, , v8)
+#ifdef __x86_64__
+#define CPU(features) __attribute__((target(features)))
+READ(read_avx512, CPU("avx512f"), v16)
+READ(read_avx2, CPU("avx2"), v8)
+PEAK(peak_avx512vnni, CPU("avx512f,avx512vnni"), v16,
      __asm__ volatile("vpdpbusd %2, %1, %0" : "+v"(a[i]) : "v"(x), "v"(y));)
-PEAK(peak_avxvnni, "avx2", v8,
+PEAK(peak_avxvnni, CPU("avx2"), v8,
      __asm__ volatile("%{vex%} vpdpbusd %2, %1, %0" : "+x"(a[i]) : "x"(x), "x"(y));)
-PEAK(peak_avx2, "avx2", v8,
+PEAK(peak_avx2, CPU("avx2"), v8,
      __asm__ volatile("vpmaddubsw %2, %1, %0" : "=x"(t) : "x"(x), "x"(y));
      __asm__ volatile("vpmaddwd %1, %0, %0" : "+x"(t) : "x"(x));
      __asm__ volatile("vpaddd %1, %0, %0" : "+x"(a[i]) : "x"(t));)
+#endif
 """
 
 _CHAINS: Final = 12
 
-_READS: Final = (("read_avx512", {"avx512f"}), ("read_avx2", {"avx2"}))
+_READS: Final = (("read_avx512", {"avx512f"}), ("read_avx2", {"avx2"}), ("read_any", set[str]()))
 _PEAKS: Final = (
     ("peak_avx512vnni", {"avx512_vnni"}, 64),
     ("peak_avxvnni", {"avx_vnni"}, 32),
@@ -95,13 +99,14 @@ class Roofline:
     Attributes:
         threads: How many ran at once.
         read_bandwidth: Bytes a second, from memory.
-        peak: Operations on bytes a second; a product and its addition are two.
+        peak: Operations on bytes a second, a product and its addition being two; None where there
+            is no loop for the CPU.
         instruction: What the peak was measured with.
     """
 
     threads: int
     read_bandwidth: float
-    peak: float
+    peak: float | None
     instruction: str
 
 
@@ -109,27 +114,27 @@ def measure(threads: int) -> Roofline:
     """Measure both bounds: the best of some repetitions, as anything else on the machine slows it.
 
     Raises:
-        UsageError: the CPU is not one that there is a loop for, or there is no C compiler.
+        UsageError: there is no C compiler.
     """
     features = target.host_features()
-    read = next((name for name, needs in _READS if needs <= features), None)
+    read = next(name for name, needs in _READS if needs <= features)
     peak = next((found for found in _PEAKS if found[1] <= features), None)
-    if read is None or peak is None:
-        raise UsageError("the roofline can be measured on x86-64 with AVX2 only, so far")
-    library = _library()
     data = np.ones(BUFFER + 4096, np.uint8)  # prefetches may run over the end
     share = BUFFER // threads // 256 * 256
     start = data.ctypes.data + -data.ctypes.data % 64
+    library = _library()
     function = getattr(library, read)
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     reads = [functools.partial(function, start + i * share, share) for i in range(threads)]
-    products = 2 * peak[2] * _CHAINS * STEPS * threads
-    steps = [functools.partial(getattr(library, peak[0]), STEPS)] * threads
-    return Roofline(
-        threads,
-        share * threads / _best_seconds(reads),
-        products / _best_seconds(steps),
-        peak[0].removeprefix("peak_"),
-    )
+    bandwidth = share * threads / _best_seconds(reads)
+    if peak is None:
+        return Roofline(threads, bandwidth, None, "")
+    name, _, products = peak
+    steps = getattr(library, name)
+    steps.argtypes = [ctypes.c_size_t]
+    seconds = _best_seconds([functools.partial(steps, STEPS)] * threads)
+    operations = 2 * products * _CHAINS * STEPS * threads
+    return Roofline(threads, bandwidth, operations / seconds, name.removeprefix("peak_"))
 
 
 def _best_seconds(jobs: Sequence[Callable[[], Any]]) -> float:
@@ -157,9 +162,4 @@ def _library() -> ctypes.CDLL:
         except subprocess.CalledProcessError as error:
             reason = " ".join(error.stderr.split())
             raise UsageError(f"the roofline's loops do not compile: {reason}") from error
-        library = ctypes.CDLL(str(built))
-    for name, _ in _READS:
-        getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    for name, *_ in _PEAKS:
-        getattr(library, name).argtypes = [ctypes.c_size_t]
-    return library
+        return ctypes.CDLL(str(built))

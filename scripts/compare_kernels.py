@@ -11,6 +11,7 @@ onnxruntime has 2, 4 and 8 bits, OpenVINO 4 and 8; OpenVINO is left out where it
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -85,7 +86,7 @@ def ort(case: Case) -> System | None:
     size = data.nbytes + scales.nbytes + zeros.nbytes
     copies = copies_of(size, case.batch)
     arrays: dict[str, np.ndarray] = {"w": data, "s": scales, "z": zeros}
-    nodes, tensors = [], []
+    nodes, tensors = [], list[onnx.TensorProto]()
     for i in range(copies):
         names = [f"{name}{i}" for name in arrays]
         tensors += map(onnx.numpy_helper.from_array, arrays.values(), names)
@@ -160,7 +161,7 @@ def compare(case: Case, rounds: int, choice: Choice) -> Iterator[dict[str, Any]]
         for system in systems if turn % 2 else systems[::-1]:
             system.take_turn()
     bandwidth = max(bound.read_bandwidth for bound in bounds)
-    peak = max(bound.peak for bound in bounds)
+    peak = max(bound.peak or math.nan for bound in bounds)
     best = systems[0]
     for system in systems:
         us = statistics.median(system.us)

@@ -21,8 +21,8 @@ def main() -> None:
         return print(json.dumps([asdict(row) for row in found], indent=1))
     print("threads   read GB/s   peak GOP/s")
     for row in found:
-        bandwidth, peak = row.read_bandwidth / 1e9, row.peak / 1e9
-        print(f"{row.threads:7}   {bandwidth:9.1f}   {peak:10.0f} ({row.instruction})")
+        peak = "" if row.peak is None else f"{row.peak / 1e9:10.0f} ({row.instruction})"
+        print(f"{row.threads:7}   {row.read_bandwidth / 1e9:9.1f}   {peak}")
     return None
 
 
