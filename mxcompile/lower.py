@@ -19,6 +19,7 @@ from mxcompile import graph, linker, qdq
 from mxcompile.artifact import TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
 from mxcompile.formats import ActivationFormat
+from mxcompile.knobs import Choice
 from mxcompile.passes.kv_cache import NO_WINDOW
 from mxcompile.passes.quantize_activations import activation_format
 from mxcompile.pipeline import Context
@@ -89,12 +90,17 @@ class _Builder:
     packed: dict[tuple[str, ...], str] = field(default_factory=dict)
     views: dict[ir.Value, _View] = field(default_factory=dict)
     made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    choice: Choice = field(default_factory=Choice)
+
+    def tuned(self, rows: int, columns: int) -> families.MatmulTemplates:
+        """The matrix product kernels with what records say of a weight's shape."""
+        return self.kernels.matmul.tuned(self.choice.knobs(rows, columns))
 
     def kernel(self, template: Callable[..., Any], *knobs: Any) -> Any:
         """The function that a kernel template makes of its knobs; made once."""
         key = (template, knobs)
         if key not in self.made:
-            function = _rooted(template(*knobs))
+            function = rooted(template(*knobs))
             self.made[key] = self.scope.bb.add_func(function, template.__name__)
         return self.made[key]
 
@@ -135,7 +141,7 @@ class _Builder:
         return self.weight_vars[name] if name in self.weight_vars else self.scope.tensor(value)
 
 
-def _rooted(function: Any) -> Any:
+def rooted(function: Any) -> Any:
     """A kernel with a root block, which Relax looks for in every function that it calls."""
     if not isinstance(function.body, s_tir.SBlockRealize):
         root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", function.body))
@@ -143,15 +149,20 @@ def _rooted(function: Any) -> Any:
     return function.without_attr("global_symbol").with_attr("tirx.is_scheduled", True)
 
 
-def lower(model: ir.Model, ctx: Context) -> Lowered:
+def lower(model: ir.Model, ctx: Context, choice: Choice | None = None) -> Lowered:
     """Build the Relax module of a fused model.
+
+    Args:
+        model: The output of ``passes.FUSE``.
+        ctx: The target.
+        choice: The knobs of the matmul kernels, if any are known to be better than the defaults.
 
     Raises:
         UnsupportedError: a node has no lowering; the text names it.
     """
-    builder = _Builder(model, families.of(ctx.target), Scope(relax.BlockBuilder()))
+    scope = Scope(relax.BlockBuilder())
+    builder = _Builder(model, families.of(ctx.target), scope, choice=choice or Choice())
     _collect_weights(builder)
-    scope = builder.scope
     specs = [_spec(v) for v in model.graph.inputs]
     inputs = [relax.Var(s.name, _type(scope, s)) for s in specs]
     cached = [s.name.startswith(CACHES) for s in specs]
@@ -317,7 +328,7 @@ def _product(
     size = cpu_matmul.activation_bytes(int(columns), activation)
     quantize = builder.kernel(builder.kernels.matmul.quantize_activation, activation)
     codes = builder.call(quantize, [x], (count, size), "int8")
-    multiply = builder.kernel(builder.kernels.matmul.matmul_quantized, activation)
+    multiply = builder.kernel(builder.tuned(rows, int(columns)).matmul_quantized, activation)
     return builder.call(multiply, [codes, *weight], (count, rows))
 
 
@@ -661,14 +672,18 @@ def build(lowered: Lowered, target: Target, library: Path) -> None:
     def link(output: str, objects: Sequence[str], **_options: Any) -> None:
         linker.link(target.triple, output, objects)
 
+    compile_module(lowered.module, target).export_library(str(library), fcompile=link)
+
+
+def compile_module(module: Any, target: Target) -> Any:
+    """A Relax module's machine code, by the target's passes."""
     tvm_target = tvm.target.Target(dict(target.tvm))
     passes = [step for phase in phases(target).values() for step in phase]
     family = families.of(target)
     with tvm_target, family.building():
-        program = tvm.compile(
-            lowered.module,
+        return tvm.compile(
+            module,
             target=tvm_target,
             relax_pipeline=tvm.transform.Sequential(passes),
             tir_pipeline=family.pipeline,
         )
-    program.export_library(str(library), fcompile=link)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mxcompile import artifact as artifacts
 from mxcompile import progress
-from mxcompile.activations import AUTO, Choice
+from mxcompile.activations import AUTO, ActivationChoice
 from mxcompile.artifact import Artifact
 from mxcompile.compiler import Job, compile_model
 from mxcompile.formats import FORMATS
@@ -42,7 +42,7 @@ class Workshop:
     model: Path
     folder: Path
     cache: Path | None = None
-    activations: Choice = AUTO
+    activations: ActivationChoice = AUTO
 
     def contenders(self, bits: Sequence[float]) -> Iterator[Contender]:
         """A mixed plan for each of ``bits``, then the uniform plans next to each size."""

@@ -24,7 +24,7 @@ from mxcompile.targets import (
     cuda_schedule,
 )
 from mxcompile.targets.cpu_attention import Attention, Mask
-from mxcompile.targets.cpu_matmul import Instructions, MatmulKernel
+from mxcompile.targets.cpu_matmul import Instructions, Knobs, MatmulKernel
 from mxcompile.targets.cpu_norm import Columns, Runs, Simd
 from mxcompile.targets.cuda_attention import CudaAttention
 from mxcompile.targets.cuda_matmul import CudaMatmul
@@ -33,6 +33,9 @@ from mxcompile.targets.cuda_norm import CudaNorm
 
 class MatmulTemplates(Protocol):
     """Matrix products with packed weights; see ``cpu_matmul``."""
+
+    def tuned(self, knobs: tuple[tuple[str, Knobs], ...]) -> "MatmulTemplates":
+        """Take what tuning records say, where there is something to tune."""
 
     def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
         """Make ``(X, Q)``."""
