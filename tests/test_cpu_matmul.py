@@ -18,7 +18,13 @@ from mxcompile import target
 from mxcompile.formats import FORMATS, GROUP, groups
 from mxcompile.plan import ROW_TILE, TileFormats
 from mxcompile.targets import packing
-from mxcompile.targets.cpu_matmul import RECORD, Instructions, MatmulKernel, activation_bytes
+from mxcompile.targets.cpu_matmul import (
+    RECORD,
+    Instructions,
+    Knobs,
+    MatmulKernel,
+    activation_bytes,
+)
 
 UNIT = 2.0**-24
 F32 = NDArray[np.float32]
@@ -33,6 +39,7 @@ class Library:
     """The compiled kernels, called with arrays."""
 
     module: Any
+    kernel: MatmulKernel
 
     def __call__(self, name: str, *inputs: Any, shape: tuple[int, ...], dtype: str = "f4") -> Any:
         # What a kernel must write is NaN or 85 before.
@@ -42,12 +49,12 @@ class Library:
 
 
 @cache
-def build(instructions: Instructions) -> Library:
-    """All kernels for some instructions; cached because it takes seconds."""
-    kernel = MatmulKernel(instructions)
-    functions = {name: getattr(kernel, name)().with_attr("global_symbol", name) for name in NAMES}
-    options = {"kind": "llvm"} | ({"mcpu": cpu} if (cpu := CPUS[instructions]) else {})
-    return Library(tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target(options)))
+def build(kernel: MatmulKernel, names: tuple[str, ...] = NAMES) -> Library:
+    """A kernel's functions; cached because it takes seconds."""
+    functions = {name: getattr(kernel, name)().with_attr("global_symbol", name) for name in names}
+    options = {"kind": "llvm"} | ({"mcpu": cpu} if (cpu := CPUS[kernel.instructions]) else {})
+    module = tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target(options))
+    return Library(module, kernel)
 
 
 @pytest.fixture(params=get_args(Instructions))
@@ -55,7 +62,7 @@ def library(request: pytest.FixtureRequest) -> Library:
     needed = REQUIRES[request.param]
     if needed and needed not in target.host_features():
         pytest.skip(f"this CPU lacks {needed}")
-    return build(request.param)
+    return build(MatmulKernel(request.param))
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,27 @@ def test_the_worst_sums_do_not_overflow(library: Library) -> None:
             for sign in (-1, 1):
                 x = np.full((1, GROUP), sign, np.float32)
                 check_int8(library, Weight(packed, values), x)
+
+
+def test_knobs_change_no_result(library: Library) -> None:
+    """Sums inside a group are exact in any order, and groups are added in the same."""
+    knobs = (("int3", Knobs(row_block=3, chains=4, prefetch=640)),)
+    formats = ("int3",)
+    other = MatmulKernel(library.kernel.instructions, formats, knobs, jobs=3, chunk=8)
+    changed = build(other, ("matmul_int8",))
+    weight = Weight.random(5 * ROW_TILE + 3, 640, TileFormats.parse("int3*6"))
+    for m in (1, 13):
+        q, shape = quantized(library, activations(m, 640)), (m, len(weight.values))
+        expected = library("matmul_int8", q, *weight.arguments, shape=shape)
+        found = changed("matmul_int8", q, *weight.arguments, shape=shape)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_formats_that_a_kernel_leaves_out_are_not_computed() -> None:
+    weight = Weight.random(2 * ROW_TILE, 64, TileFormats.parse("int4,int3"))
+    only = build(MatmulKernel(formats=("int4",)), ("matmul_f32",))
+    y = only("matmul_f32", activations(1, 64), *weight.arguments, shape=(1, 2 * ROW_TILE))
+    assert np.isfinite(y[0, :ROW_TILE]).all() and np.isnan(y[0, ROW_TILE:]).all()
 
 
 @pytest.mark.parametrize("columns", [1, 4, 70, 256, 640])
