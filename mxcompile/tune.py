@@ -259,7 +259,7 @@ def cases(shapes: Counter[Shape], threads: int) -> list[Case]:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When a search ends: trials of a case, and seconds of all; None for no end but its own."""
+    """When a search ends: settings of a case, known or not, and seconds of all; None for no end."""
 
     trials: int | None = None
     seconds: float | None = None
@@ -298,25 +298,33 @@ def tune(
     """
     end = time.monotonic() + limits.seconds if limits.seconds is not None else None
     for case in cases:
-        trials = 0
+        seen: set[Setting] = set()
+        measured: list[Record] = []
 
-        def measure(setting: Setting, case: Case = case) -> float | None:
-            nonlocal trials
+        def measure(
+            setting: Setting,
+            case: Case = case,
+            seen: set[Setting] = seen,
+            measured: list[Record] = measured,
+        ) -> float | None:
+            if setting not in seen and len(seen) == limits.trials:
+                return None
+            seen.add(setting)
             if (known := records.times(case).get(setting)) is not None:
                 return known
-            if trials == limits.trials or (end is not None and time.monotonic() > end):
+            if end is not None and time.monotonic() > end:
                 return None
-            trials += 1
             us = measurer.microseconds(case, replace(Knobs(), **dict(setting)))
             record = Record(measurer.hardware, records.kernel, case, setting, us)
             records.add(record)
             keep(record)
+            measured.append(record)
             return us
 
         default = measure(())
         if default is not None:
             best, us = _search(case, default, measure)
-            yield Outcome(case, default, us, replace(Knobs(), **dict(best)), trials)
+            yield Outcome(case, default, us, replace(Knobs(), **dict(best)), len(measured))
 
 
 def _search(

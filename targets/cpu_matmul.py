@@ -491,7 +491,10 @@ def _dots_dotprod(group: "_Group", rows: int, word: _Word, chains: int) -> list[
 
 
 def _dots_i8mm(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
-    """Two activation rows at once: products of 2 x 8 codes with 8 x 2 activations."""
+    """Two activation rows at once: products of 2 x 8 codes with 8 x 2 activations.
+
+    An odd row is its own partner.
+    """
     del chains  # a group is too short for several
     offsets = _offsets(group, rows, word)
     dots = [_Register("int32x16") for _ in range(rows)]
@@ -503,7 +506,7 @@ def _dots_i8mm(group: "_Group", rows: int, word: _Word, chains: int) -> list[Exp
                 codes = T.reinterpret("int8x64", hold(group.quad(half + i, _unpack_bytes)))
                 dots[0].set(_by_quarters("usdot", dots[0].get(), codes, x, i))
         return [dots[0].get()]
-    pairs = [_Register("int32x32", 0) for _ in range(rows // 2)]
+    pairs = [_Register("int32x32", 0) for _ in range((rows + 1) // 2)]
     for half in range(0, QUADS, 4):
         x = [hold(word(r, 4 * half, 4)) for r in range(rows)]
         for i in (0, 2):
@@ -518,14 +521,13 @@ def _dots_i8mm(group: "_Group", rows: int, word: _Word, chains: int) -> list[Exp
                 for first in (0, 2)
             ]
             for p, pair in enumerate(pairs):
-                both = T.Shuffle(x[2 * p : 2 * p + 2], [i, i + 1, i + 4, i + 5])
+                both = T.Shuffle([x[2 * p], x[min(2 * p + 1, rows - 1)]], [i, i + 1, i + 4, i + 5])
                 both = T.reinterpret("int8x16", hold(both))
                 sums = zip(_parts(pair.get(), 8), codes, strict=True)
                 pair.set(_join([_call("aarch64.neon.usmmla", "int32x4", *s, both) for s in sums]))
-    for p, pair in enumerate(pairs):
-        for r in (0, 1):
-            dot = T.Shuffle([pair.get()], list(range(r, 2 * ROW_TILE, 2)))
-            dots[2 * p + r].set(dot + offsets[2 * p + r])
+    for r, dot in enumerate(dots):
+        own = T.Shuffle([pairs[r // 2].get()], list(range(r % 2, 2 * ROW_TILE, 2)))
+        dot.set(own + offsets[r])
     return [dot.get() for dot in dots]
 
 
