@@ -53,9 +53,9 @@ def disassemble(arch: str) -> str:
     return done.stdout
 
 
-def loops(text: str, kernel: str) -> list[int]:
+def loops(code: str, kernel: str) -> list[int]:
     """The instructions of a kernel's outer loops, in the order of the code."""
-    (body,) = re.findall(rf"\n{kernel}:\n(.*?)(?=\n\t\.section|\Z)", text, re.DOTALL)
+    (body,) = re.findall(rf"\n{kernel}:\n(.*?)(?=\n\t\.section|\Z)", code, re.DOTALL)
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in body.splitlines():
@@ -64,8 +64,8 @@ def loops(text: str, kernel: str) -> list[int]:
         elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
             instructions.append(instruction[1])
     spans = []
-    for end, instruction in enumerate(instructions):
-        jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction)
+    for end, text in enumerate(instructions):
+        jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
         if jump and labels.get(jump[1], end + 1) <= end:
             spans.append((labels[jump[1]], end + 1))
     outer = [s for s in spans if not any(o[0] <= s[0] and s[1] <= o[1] and o != s for o in spans)]
