@@ -1,6 +1,7 @@
 # make demo: compile the bundled model for this machine and generate text with it.
-# make test: format, lint, types, layers, tests. make test-gpu: the tests that a GPU runs, if there
-# is one. All set up a virtual environment first.
+# make test: format, lint, types, layers, tests. Both set up a virtual environment first.
+# make test-gpu: the tests that a GPU runs, if there is one.
+# make arm: what tests need to run programs on an emulated ARM machine; without, they skip.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ READY := $(VENV)/.ready
 DEMO := build/demo
 PROMPT ?= The first thing to know about
 
-.PHONY: setup demo test test-gpu clean
+.PHONY: setup demo test test-gpu arm clean
 
 setup: $(READY)
 
@@ -42,6 +43,9 @@ test-gpu: $(READY)
 	else \
 		echo "no CUDA device that targets are shipped for: GPU tests are not run"; \
 	fi
+
+arm: $(READY)
+	$(BIN)/python scripts/setup_arm.py
 
 clean:
 	rm -rf build $(VENV)

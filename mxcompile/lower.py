@@ -37,6 +37,9 @@ from mxcompile.target import Target
 from mxcompile.targets import cpu_attention, cpu_matmul, cpu_norm, packing
 from mxcompile.targets import kernels as families
 
+MAX_INLINE: Final = 64
+"""Integers of a tensor that becomes part of the code; more go to the weight file."""
+
 SMALL: Final = 8
 """Constants of up to so many numbers (scales, exponents) go into the code, not the weight file."""
 
@@ -204,7 +207,7 @@ def _collect_weights(builder: _Builder) -> None:
         for value in node.inputs:
             if value is None or value.const_value is None or value.const_value.size <= SMALL:
                 continue
-            if value.dtype == ir.DataType.FLOAT or value.const_value.size > 64:
+            if value.dtype == ir.DataType.FLOAT or value.const_value.size > MAX_INLINE:
                 builder.weights.setdefault(graph.name(value), graph.array(value))
 
 
@@ -636,11 +639,12 @@ def phases(target: Target) -> dict[str, list[Any]]:
     }
 
 
-def check_tools(target: Target) -> None:
-    """Refuse a target that nothing here can compile or link for, before hours are spent on it.
+def check(target: Target) -> None:
+    """Refuse a target that ``build`` would fail for, before hours are spent on a model.
 
     Raises:
-        UsageError: the text says what to install.
+        UsageError: there are no kernels for its instructions, or nothing here compiles or links
+            for it.
     """
     linker.find(target.triple)
     with families.of(target).building():

@@ -50,6 +50,10 @@ class Unit:
         return self.rows * self.columns
 
 
+CODEBOOK_BYTES: Final = 64
+"""What a codebook takes in a packed weight: a vector of copies."""
+
+
 def tile_bytes(columns: int, fmt: Format) -> int:
     """The bytes that one row tile takes when packed: codes, scales, zero-points and row scales.
 
@@ -164,9 +168,9 @@ class PrecisionPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """The bytes of all packed tiles."""
+        """The bytes of all packed tiles and of their codebooks."""
         return sum(
-            count * tile_bytes(unit.columns, fmt)
+            count * tile_bytes(unit.columns, fmt) + (CODEBOOK_BYTES if fmt.codebook else 0)
             for unit in self.units
             for fmt, count in Counter(self.tiles[unit.name].formats).items()
         )

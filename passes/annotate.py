@@ -38,12 +38,11 @@ class Annotate(Pass):
             changed |= graph.annotate(value, f"{ctx.plan.tiles[unit.name]}/g{GROUP}/asym")
             for use in found[unit.name]:
                 source = use.node.inputs[0]
-                if use.kind != "linear" or source is None or source.name not in activations:
+                if use.kind != "linear" or source is None:
                     continue
-                changed |= graph.annotate(
-                    source, f"{activations[source.name]}/g{GROUP}/sym/dynamic"
-                )
-                named.discard(source.name)
+                if (fmt := activations.get(graph.name(source))) is not None:
+                    changed |= graph.annotate(source, f"{fmt}/g{GROUP}/sym/dynamic")
+                    named.discard(graph.name(source))
         if named:
             raise PlanError(f"no linear layer reads {', '.join(sorted(named)[:5])}")
         return changed

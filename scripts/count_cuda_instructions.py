@@ -31,6 +31,9 @@ GPUS: Final = {
 }
 """Target, multiprocessors, GHz, GB/s, from data sheets; a multiprocessor issues 4 x 32 lanes."""
 
+LAYOUTS: Final = tuple({fmt.layout: fmt for fmt in FORMATS.values()}.values())
+"""The formats that kernels tell apart."""
+
 LEAST: Final = 150
 """Instructions of a loop over groups; the others are shorter."""
 
@@ -79,11 +82,11 @@ def main() -> None:
     counts = {}
     for name, (arch, *_) in GPUS.items():
         counts[name] = loops(disassemble(arch), "matmul_kernel")
-        if len(counts[name]) != len(FORMATS):
-            sys.exit(f"{name}: loops of {counts[name]} instructions for {len(FORMATS)} formats")
+        if len(counts[name]) != len(LAYOUTS):
+            sys.exit(f"{name}: loops of {counts[name]} instructions for {len(LAYOUTS)} layouts")
     print("| format | " + " | ".join(GPUS) + " |")
     print("|--------|" + "----:|" * len(GPUS))
-    for index, fmt in enumerate(FORMATS.values()):
+    for index, fmt in enumerate(LAYOUTS):
         size = ROWS * (GROUP * fmt.bits + SCALE_BITS + ZERO_BITS) / 8
         cells = []
         for name, (_, processors, ghz, bandwidth) in GPUS.items():

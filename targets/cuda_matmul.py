@@ -34,6 +34,7 @@ from mxcompile.targets.cuda_block import (
     Block,
     Private,
     build,
+    byte_perm,
     hold,
     launch,
     load,
@@ -114,7 +115,7 @@ class CudaMatmul:
 
         def emit() -> None:
             m, n, q = map(symbol, "mnq")
-            records, open_weight = param("Q", (m, q), "int8"), _Weight.declare()
+            records, open_weight = param("Q", (m, q), "int8"), _Weight.declare(self.serial)
             y = param("Y", (m, n))
             codes, weight = _lines(records, fmt.digits), open_weight()
             lines, count = codes.shape[:2]
@@ -138,7 +139,7 @@ class CudaMatmul:
 
         def emit() -> None:
             m, n, k = map(symbol, "mnk")
-            x, open_weight = param("X", (m, k)), _Weight.declare()
+            x, open_weight = param("X", (m, k)), _Weight.declare(self.serial)
             y = param("Y", (m, n))
             weight = open_weight()
             count = (k + GROUP - 1) // GROUP
@@ -159,7 +160,7 @@ class CudaMatmul:
 
         def emit() -> None:
             m, k = map(symbol, "mk")
-            ids, open_weight = param("ids", (m,), "int64"), _Weight.declare()
+            ids, open_weight = param("ids", (m,), "int64"), _Weight.declare(self.serial)
             y = param("Y", (m, k))
             weight = open_weight()
             count = (k + GROUP - 1) // GROUP
@@ -532,13 +533,14 @@ class _Weight:
 
     words: Any
     table: Any
+    serial: bool
 
     @classmethod
-    def declare(cls) -> Callable[[], "_Weight"]:
+    def declare(cls, serial: bool) -> Callable[[], "_Weight"]:
         """Declares them as the next parameters; to be called once all parameters are declared."""
         size, tiles = symbol("size"), symbol("tiles")
-        data, table = param("W", (size,), "uint8"), param("table", (tiles, 2), "int32")
-        return lambda: cls(T.decl_buffer((size // 4,), "uint32", data=data.data), table)
+        data, table = param("W", (size,), "uint8"), param("table", (tiles, 3), "int32")
+        return lambda: cls(T.decl_buffer((size // 4,), "uint32", data=data.data), table, serial)
 
     @property
     def tiles(self) -> Expr:
@@ -546,12 +548,18 @@ class _Weight:
         return self.table.shape[0]
 
     def formats(self, t: Expr, count: Expr) -> Iterator["_Tile"]:
-        """Tile ``t`` of ``count`` groups once for every format, each time inside its branch."""
-        bits = hold(self.table[t, 0])
+        """Tile ``t`` of ``count`` groups once for every layout, each time inside its branch."""
+        layout = hold(self.table[t, 0])
         base = hold(T.cast(self.table[t, 1], "int64"))
-        for fmt in FORMATS.values():
-            with when(bits == fmt.bits):
-                yield _Tile(self, t, base, count, fmt)
+        for fmt in {fmt.layout: fmt for fmt in FORMATS.values()}.values():
+            with when(layout == fmt.layout):
+                entries = self._entries(t) if fmt.codebook else ()
+                yield _Tile(self, t, base, count, fmt, entries)
+
+    def _entries(self, t: Expr) -> tuple[Expr, ...]:
+        """The 16 entries that a tile's codes look up, as signed bytes."""
+        at = hold(T.cast(self.table[t, 2], "int64") * (VECTOR // 4))
+        return tuple(hold(self.words[at + i] ^ _u32(0x80808080)) for i in range(4))
 
     def row_scale(self, t: Expr, count: Expr, row: Expr) -> Expr:
         """A row's scale as float32, in units that undo those of its codes.
@@ -576,6 +584,7 @@ class _Tile:
     base: Expr
     count: Expr
     fmt: Format
+    entries: tuple[Expr, ...]
 
     @contextmanager
     def blocks(self, first: Expr, step: int) -> Iterator["_Run"]:
@@ -623,8 +632,7 @@ class _Run:
     def group(self, i: Expr) -> "_Group":
         """A group by its place in the block."""
         return _Group(
-            self.tile.weight.words,
-            self.tile.fmt,
+            self.tile,
             hold(self.first + i),
             hold(self.start * ROW_TILE + i * (ROW_TILE // 4)),
             hold(self.start * ROW_TILE + self.length * (ROW_TILE // 4) + i * (ROW_TILE // 8)),
@@ -637,11 +645,10 @@ class _Group:
     """A group of a tile; its scales and zero-points start at these words, its codes at this vector.
 
     A code here is a signed byte: a weight is ``scale * (code + offset)`` in units that make
-    zero-points whole. Codes of 8 bits are moved down by 128.
+    zero-points whole. Codes of 8 bits, and entries that codes look up, are moved down by 128.
     """
 
-    words: Any
-    fmt: Format
+    tile: _Tile
     index: Expr
     scales: Expr
     zeros: Expr
@@ -649,7 +656,7 @@ class _Group:
 
     def quad(self, quad: int | Expr, word: Callable[[int | Expr], Expr]) -> Expr:
         """The codes of 4 columns of a row, as int32; ``word`` gives the row's word of a vector."""
-        shift = max(0, ZERO_BITS - self.fmt.bits)
+        shift = max(0, ZERO_BITS - self.fmt.value_bits)
         codes, low = None, 0
         for width in self.fmt.planes:
             part = word(low + quad * width // 8)
@@ -658,9 +665,33 @@ class _Group:
                 part = (part & _u32(0x01010101 * ((1 << width) - 1))) << _u32(low + shift)
             codes = part if codes is None else codes | part
             low += width
-        if self.fmt.bits == 8:
+        if self.fmt.codebook:
+            codes = self._look_up(hold(codes))
+        elif self.fmt.bits == 8:
             codes = codes ^ _u32(0x80808080)
-        return T.reinterpret("int32", codes)
+        return T.reinterpret("int32", hold(codes))
+
+    def _look_up(self, codes: Expr) -> Expr:
+        """The entries of 4 codes: a byte permutation picks among 8, so two of them and a choice."""
+        entries, serial = self.tile.entries, self.tile.weight.serial
+        pairs = hold(codes | codes >> _u32(4))
+        selector = hold(pairs & _u32(0x77) | pairs >> _u32(8) & _u32(0x7700))
+        low = byte_perm(entries[0], entries[1], selector, serial)
+        if self.fmt.bits == 3:
+            return low
+        high = byte_perm(entries[2], entries[3], selector, serial)
+        second = hold((codes >> _u32(3) & _u32(0x01010101)) * _u32(255))
+        return low & ~second | high & second
+
+    @property
+    def fmt(self) -> Format:
+        """The format of the tile."""
+        return self.tile.fmt
+
+    @property
+    def words(self) -> Any:
+        """The packed data."""
+        return self.tile.weight.words
 
     def word(self, row: Expr, quad: Expr) -> Expr:
         """The codes of 4 columns of a row of the tile."""
@@ -692,8 +723,8 @@ class _Group:
         return words, sides
 
     def _side(self, scale: Expr, zero: Expr) -> Expr:
-        top = 128 if self.fmt.bits == 8 else 0
-        zero = T.cast(zero << _u32(max(0, self.fmt.bits - ZERO_BITS)), "int32")
+        top = 128 if self.fmt.value_bits == 8 else 0
+        zero = T.cast(zero << _u32(max(0, self.fmt.value_bits - ZERO_BITS)), "int32")
         return T.cast(scale, "int32") | (T.int32(top) - zero) << 8
 
 

@@ -8,11 +8,12 @@ where the CPU's is defined.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, get_args
 
 import tvm
 from tvm.tirx import PrimFunc
 
+from mxcompile.errors import UsageError
 from mxcompile.formats import ActivationFormat
 from mxcompile.target import Target
 from mxcompile.targets import (
@@ -23,7 +24,7 @@ from mxcompile.targets import (
     cuda_schedule,
 )
 from mxcompile.targets.cpu_attention import Attention, Mask
-from mxcompile.targets.cpu_matmul import MatmulKernel
+from mxcompile.targets.cpu_matmul import Instructions, MatmulKernel
 from mxcompile.targets.cpu_norm import Columns, Runs, Simd
 from mxcompile.targets.cuda_attention import CudaAttention
 from mxcompile.targets.cuda_matmul import CudaMatmul
@@ -92,7 +93,14 @@ class Kernels:
 
 
 def of(target: Target) -> Kernels:
-    """The kernels for a target."""
+    """The kernels for a target.
+
+    Raises:
+        UsageError: there is no such family, or it has none for the target's instructions.
+    """
+    if target.kernels not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UsageError(f"target {target.name}: no kernels {target.kernels}; {known}")
     return FAMILIES[target.kernels](target)
 
 
@@ -128,7 +136,11 @@ class _CpuAttention:
 
 
 def _cpu(target: Target) -> Kernels:
-    simd = Simd(lanes=16 if target.instructions == "avx512vnni" else 8)
+    if target.instructions not in (known := get_args(Instructions)):
+        raise UsageError(
+            f"target {target.name}: no instructions {target.instructions}; {', '.join(known)}"
+        )
+    simd = Simd(lanes=target.vector_bits // 32)
     return Kernels(
         MatmulKernel(target.instructions),  # type: ignore[arg-type]
         _CpuNorm(simd),

@@ -5,7 +5,6 @@ group are exact, and float32 rounding is bounded whatever the order of additions
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,38 +17,32 @@ from tests.cuda import Reading, readings
 from tests.test_cpu_matmul import CHECKS, MIX, Library, Weight, activations, parts, quantized
 
 
-@dataclass(frozen=True)
-class CudaLibrary(Library):
-    """The compiled kernels in a reading, called with arrays."""
-
-    reading: Reading
-
-    def __call__(self, name: str, *inputs: Any, shape: tuple[int, ...], dtype: str = "f4") -> Any:
-        # What a kernel must write is NaN or 85 before.
-        out = self.reading.tensor(np.full(shape, np.nan if dtype == "f4" else 85, dtype))
-        self.module[name](*map(self.reading.tensor, inputs), out)
-        return out.numpy()
-
-
 @cache
-def compiled(reading: Reading) -> CudaLibrary:
+def compiled(reading: Reading) -> Library:
     kernel = reading.matmul
     made = {"matmul_f32": kernel.matmul_f32(), "gather_rows": kernel.gather_rows()}
     for fmt in ACTIVATION_FORMATS.values():
         made[f"quantize_{fmt}"] = kernel.quantize_activation(fmt)
         made[f"matmul_{fmt}"] = kernel.matmul_quantized(fmt)
-    return CudaLibrary(reading.build(made), reading)
+    module = reading.build(made)
+
+    def call(name: str, *arrays: Any) -> Any:
+        tensors = [reading.tensor(x) for x in arrays]
+        module[name](*tensors)
+        return tensors[-1].numpy()
+
+    return Library(call)
 
 
 @pytest.fixture(params=readings(), ids=str)
-def library(request: pytest.FixtureRequest) -> CudaLibrary:
+def library(request: pytest.FixtureRequest) -> Library:
     return compiled(request.param)
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 @pytest.mark.parametrize("m", [1, 2, 8, 21])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_uniform(library: CudaLibrary, check: Callable[..., None], m: int, fmt: str) -> None:
+def test_uniform(library: Library, check: Callable[..., None], m: int, fmt: str) -> None:
     columns = 9 * GROUP  # a block of 1 group and one of 8
     weight = Weight.random(2 * ROW_TILE, columns, TileFormats.parse(f"{fmt}*2"))
     check(library, weight, activations(m, columns))
@@ -58,15 +51,13 @@ def test_uniform(library: CudaLibrary, check: Callable[..., None], m: int, fmt: 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 @pytest.mark.parametrize("m", [1, 3, 8, 21])
 @pytest.mark.parametrize("columns", [1, 31, 70, 256, 259, 640, 1100])
-def test_mixed_and_odd(
-    library: CudaLibrary, check: Callable[..., None], m: int, columns: int
-) -> None:
+def test_mixed_and_odd(library: Library, check: Callable[..., None], m: int, columns: int) -> None:
     rows = 5 * ROW_TILE + 3
     check(library, Weight.random(rows, columns, TileFormats.parse(MIX)), activations(m, columns))
 
 
 @pytest.mark.parametrize("columns", [1, 4, 70, 256, 640])
-def test_gather_rows(library: CudaLibrary, columns: int) -> None:
+def test_gather_rows(library: Library, columns: int) -> None:
     rows = 6 * ROW_TILE
     weight = Weight.random(rows, columns, TileFormats.parse(MIX))
     ids = np.random.default_rng(0).permutation(rows)
@@ -75,7 +66,7 @@ def test_gather_rows(library: CudaLibrary, columns: int) -> None:
     np.testing.assert_array_equal(y, weight.values[ids].astype(np.float32))
 
 
-def test_gather_stays_inside(library: CudaLibrary) -> None:
+def test_gather_stays_inside(library: Library) -> None:
     weight = Weight.random(2 * ROW_TILE, 40, TileFormats.parse("int4,int3"))
     ids = np.array([-1, -(2**62), 32, 2**62])
     y = library("gather_rows", ids, *weight.arguments, shape=(4, 40))
@@ -85,7 +76,7 @@ def test_gather_stays_inside(library: CudaLibrary) -> None:
 @pytest.mark.parametrize("fmt", ACTIVATION_FORMATS.values(), ids=str)
 @pytest.mark.parametrize("columns", [1, 17, 32, 70, 640])
 @pytest.mark.parametrize("m", [1, 100])
-def test_quantize(library: CudaLibrary, columns: int, m: int, fmt: ActivationFormat) -> None:
+def test_quantize(library: Library, columns: int, m: int, fmt: ActivationFormat) -> None:
     """Division, rounding half to even and digits, all exact."""
     x = activations(m, columns)
     x[0, 0] = 1e-40  # alone in its group it counts as 0
@@ -104,7 +95,7 @@ def test_quantize(library: CudaLibrary, columns: int, m: int, fmt: ActivationFor
     np.testing.assert_array_equal(scales.reshape(expected.shape), expected)
 
 
-def test_quantize_hides_no_nan(library: CudaLibrary) -> None:
+def test_quantize_hides_no_nan(library: Library) -> None:
     x = np.zeros((2, GROUP), np.float32)
     x[0, 3], x[1, 5] = np.nan, -np.inf
     _, scales, _ = parts(quantized(library, x))

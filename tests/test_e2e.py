@@ -7,17 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import onnx
 import pytest
 
-from mxcompile import evaluate, gpu, graph, inspection, passes, target
+from mxcompile import cli, evaluate, gpu, graph, inspection, passes, target, weights
 from mxcompile.artifact import Artifact
-from mxcompile.compiler import Job, compile_model
+from mxcompile.compiler import Job, compile_model, price_model
 from mxcompile.errors import (
     ArtifactError,
     BudgetError,
@@ -32,9 +32,10 @@ from mxcompile.pipeline import Context, Pipeline
 from mxcompile.plan import PrecisionPlan, TileFormats
 from mxcompile.progress import Progress
 from mxcompile.runtime import Program, Session
+from mxcompile.simulate import SimulatedSource
 from mxcompile.targets import packing
 from mxcompile.text import TextModel
-from tests import cuda
+from tests import arm, cuda
 
 TINYLM = Path(__file__).parents[1] / "models" / "tinylm"
 PROMPT = "In the beginning God created the heaven and the earth."
@@ -116,6 +117,36 @@ def test_greedy_continuation_equals_the_emitted_onnx(
     assert tokens[len(prompt) :] == expected.tolist()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-n", "100"],
+        ["-n", "300", "--temperature", "0.9", "--top-p", "0.8", "--seed", "5"],
+        ["-n", "300", "--temperature", "3", "--seed", "6", "--ignore-eos"],  # bytes at random
+    ],
+)
+def test_mxrun_writes_the_same_text(
+    compile_tiny: Callable[[str], tuple[Artifact, Path]],
+    mxrun: Path,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = str(compile_tiny("int8")[0].folder)
+    for extra in ([], ["--json"]):
+        arguments = [folder, "--prompt", PROMPT, *words, *extra, "-q"]
+        done = subprocess.run([mxrun, *arguments], capture_output=True, check=True)
+        assert cli.main(["run", *arguments]) == 0
+        found, expected = done.stdout.decode(), capsys.readouterr().out
+        if not extra:
+            assert found == expected
+            continue
+        ours, theirs = json.loads(found), json.loads(expected)
+        assert ours.keys() == theirs.keys()
+        assert [ours[key] for key in ("text", "tokens", "prompt_tokens")] == [
+            theirs[key] for key in ("text", "tokens", "prompt_tokens")
+        ]
+
+
 def test_int8_activations_follow_their_emitted_onnx(
     compile_tiny: Callable[[str], tuple[Artifact, Path]],
 ) -> None:
@@ -132,13 +163,11 @@ def test_int8_activations_follow_their_emitted_onnx(
     assert np.concatenate(agreement).mean() >= 0.97
 
 
-CUDA_ON_CPU = target.Target(
-    "cuda-on-cpu",
-    "the CUDA kernels, read serially",
-    "x86",
-    frozenset(),
-    "generic",
-    MappingProxyType({"kind": "llvm", "mtriple": "x86_64-linux-gnu"}),
+CUDA_ON_CPU = replace(
+    target.find("x86-avx2"),
+    name="cuda-on-cpu",
+    requires=frozenset(),
+    instructions="generic",
     kernels="cuda-on-cpu",
 )
 CUDA_READINGS = [
@@ -199,6 +228,20 @@ def test_cuda_artifacts_hold_machine_code(
     assert not built.manifest.quality
     with pytest.raises(ArtifactError, match="this machine lacks sm_80"):
         Program.load(built.folder)
+
+
+def test_a_simulated_plan_is_the_emitted_one(
+    tinylm: Path, compile_tiny: Callable[[str], tuple[Artifact, Path]], tmp_path: Path
+) -> None:
+    built, emitted = compile_tiny("fp32")
+    job = Job(tinylm, "x86", ("4.2bit",), tmp_path / "out.mxc", cache=tinylm.parent)
+    evidence = price_model(job, Progress()).evidence(Progress())
+    tokens = list(range(50, 150))
+    source = SimulatedSource(evidence.watched, evidence.replaced(built.plan()))
+    found = np.concatenate(list(source.logits(tokens)))
+    expected = onnx_logits(emitted, tokens)
+    # Sums in another order, through six layers; a code of difference would be thousands of these.
+    np.testing.assert_allclose(found, expected, atol=256 * 2**-23 * np.abs(expected).max())
 
 
 def test_one_token_at_a_time_equals_all_at_once(
@@ -397,3 +440,53 @@ def test_short_external_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(UsageError, match=r"needs 8192 bytes of w\.bin, which has 100"):
         graph.load(tmp_path / "m.onnx")
+
+
+def arm_decoder(built: Artifact, instructions: str) -> Callable[[list[int]], np.ndarray]:
+    """A decoder on an emulated ARM machine: takes tokens in turn, gives the last one's logits."""
+    machine, cache = arm.machine(instructions), built.manifest.kv_cache
+    assert cache is not None
+    program = machine.load(built.folder / "model.so")
+    tensors = weights.read(built.folder / "weights.safetensors")
+    machine.pack("weights", [tensors[name] for name in built.manifest.weights])
+    shapes = [(1, layer.kv_heads, 256, layer.head_dim) for layer in cache.layers for _ in "kv"]
+    machine.pack("caches", [np.zeros(shape, cache.dtype) for shape in shapes])
+    past = 0
+
+    def feed(tokens: list[int]) -> np.ndarray:
+        nonlocal past
+        count = len(tokens)
+        inputs = [[tokens], [list(range(past, past + count))], [past], [count - 1]]
+        names = [machine.put(f"in{i}", np.array(x, np.int64)) for i, x in enumerate(inputs)]
+        machine.call("logits", program, "main", *names, "caches", "weights")
+        past += count
+        return machine.get("logits").reshape(-1)
+
+    return feed
+
+
+@pytest.mark.parametrize("activations", ["fp32", "int8"])
+def test_arm_decodes_as_x86_does(
+    activations: str, tinylm: Path, compile_tiny: Callable[..., tuple[Artifact, Path]]
+) -> None:
+    """The same greedy tokens, 64 of them, but for ties.
+
+    Two machines sum in other orders. With float activations that moves logits by some roundings,
+    with int8 a rounding now and then takes another way and moves them by about 0.1. A token that
+    the other machine does not choose must be as good as its choice but for twice what they differ.
+    """
+    arm.require()
+    (there, _), (here, _) = (compile_tiny(activations, where) for where in ("arm", "x86"))
+    files = [built.manifest.files["weights.safetensors"] for built in (there, here)]
+    assert files[0] == files[1], "one packed weight serves both"
+    assert not there.manifest.quality, "an ARM program was verified on a machine that has no ARM"
+    feed, session = arm_decoder(there, "dotprod"), Session(Program.load(here.folder))
+    tokens = TextModel.beside(tinylm.parent).encode(PROMPT)
+    moved = 256 * 2.0**-24 if activations == "fp32" else 0.03
+    for _ in range(64):
+        found, expected = feed(tokens), np.array(session.feed(tokens)).reshape(-1)
+        difference = float(np.abs(found - expected).max())
+        assert difference <= moved * float(np.abs(expected).max())
+        best = int(found.argmax())
+        assert expected[best] >= expected.max() - 2 * difference
+        tokens = [best]
