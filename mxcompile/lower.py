@@ -655,7 +655,7 @@ def check(target: Target) -> None:
 
     Raises:
         UsageError: there are no kernels for its instructions, or nothing here compiles or links
-            for it; the text says what to install.
+            for it.
     """
     linker.find(target.triple)
     with families.of(target).building():

@@ -99,8 +99,11 @@ def of(target: Target) -> Kernels:
     """The kernels for a target.
 
     Raises:
-        UsageError: there are none for its instructions.
+        UsageError: there is no such family, or it has none for the target's instructions.
     """
+    if target.kernels not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UsageError(f"target {target.name}: no kernels {target.kernels}; {known}")
     return FAMILIES[target.kernels](target)
 
 
@@ -136,8 +139,7 @@ class _CpuAttention:
 
 
 def _cpu(target: Target) -> Kernels:
-    known = get_args(Instructions)
-    if target.instructions not in known:
+    if target.instructions not in (known := get_args(Instructions)):
         raise UsageError(
             f"target {target.name}: no instructions {target.instructions}; {', '.join(known)}"
         )
