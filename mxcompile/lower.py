@@ -83,6 +83,7 @@ class _Builder:
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     weight_vars: dict[str, Expr] = field(default_factory=dict)
     packed: dict[tuple[str, ...], str] = field(default_factory=dict)
+    layouts: set[int] = field(default_factory=set)
     views: dict[ir.Value, _View] = field(default_factory=dict)
     kernels: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
@@ -94,7 +95,10 @@ class _Builder:
     @property
     def matmul(self) -> cpu_matmul.MatmulKernel:
         """The target's matrix product kernels."""
-        return cpu_matmul.MatmulKernel(self.target.instructions)  # type: ignore[arg-type]
+        return cpu_matmul.MatmulKernel(
+            self.target.instructions,  # type: ignore[arg-type]
+            layouts=tuple(sorted(self.layouts)),
+        )
 
     def kernel(self, template: Callable[..., Any], *knobs: Any) -> Any:
         """The function that a kernel template makes of its knobs; made once."""
@@ -235,6 +239,7 @@ def _pack(builder: _Builder, node: ir.Node) -> None:
     label = "+".join(names)
     builder.weights[f"{label}.packed"] = packed.data
     builder.weights[f"{label}.tiles"] = packed.table
+    builder.layouts.update(np.unique(packed.table[:, 0]).tolist())
     builder.packed[names] = label
 
 

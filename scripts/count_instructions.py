@@ -15,8 +15,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
-from unittest.mock import patch
 
 import tvm
 
@@ -88,9 +86,11 @@ def loops(assembly: str) -> Iterator[Loop]:
 
 def compiled(where: Target, fmt: Format) -> str:
     """The assembly of the kernel for int8 activations, with code for one weight format only."""
-    kernel = cpu_matmul.MatmulKernel(where.instructions)  # type: ignore[arg-type]
-    with patch.object(cpu_matmul, "FORMATS", MappingProxyType({fmt.name: fmt})):
-        function = kernel.matmul_quantized(ACTIVATION_FORMATS["int8"])
+    kernel = cpu_matmul.MatmulKernel(
+        where.instructions,  # type: ignore[arg-type]
+        layouts=(fmt.layout,),
+    )
+    function = kernel.matmul_quantized(ACTIVATION_FORMATS["int8"])
     module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
     built = tvm.tirx.build(module, target=tvm.target.Target(dict(where.tvm)))
     return str(built.inspect_source("asm"))

@@ -86,12 +86,14 @@ class MatmulKernel:
 
     ``instructions`` multiply bytes; "generic" is portable arithmetic, for any target of LLVM.
     ``row_block`` activation rows share the unpacked codes; 0 takes as many as the registers hold.
-    Work on fewer than ``serial_groups`` groups is not worth waking threads for.
+    Work on fewer than ``serial_groups`` groups is not worth waking threads for. ``layouts`` are
+    those that tiles may have, so that no code is made for others; none stands for all.
     """
 
     instructions: Instructions = "generic"
     row_block: int = 0
     serial_groups: int = 1024
+    layouts: tuple[int, ...] = ()
 
     def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
         """Rounds every group of 32 activations half to even to its absmax / top."""
@@ -163,7 +165,7 @@ class MatmulKernel:
                     T.max(T.min(load(ids, i, lanes=1), weight.tiles * ROW_TILE - 1), T.int64(0))
                 )
                 for tile in weight.formats(
-                    self.instructions, row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE
+                    self, row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE
                 ):
                     _gather_row(tile, y, i)
 
@@ -181,7 +183,7 @@ class MatmulKernel:
         """
 
         def gemv(t: Expr) -> None:
-            for tile in weight.formats(self.instructions, t, count):
+            for tile in weight.formats(self, t, count):
                 block(tile, t, T.int64(0), 1)
 
         with T.If(m == 1):
@@ -198,7 +200,7 @@ class MatmulKernel:
                 first = hold(chunk * _CHUNK)
                 length = hold(T.min(m - first, T.int64(_CHUNK)))
                 with T.parallel(0, weight.tiles) as t:
-                    for tile in weight.formats(self.instructions, t, count):
+                    for tile in weight.formats(self, t, count):
                         done: Expr = T.int64(0)
                         for rows in sizes:
                             with T.serial(0, (length - done) // rows) as i:
@@ -621,7 +623,7 @@ class _Weight:
         return hold(now)
 
     def formats(
-        self, instructions: Instructions, t: Expr, count: Expr, row: Expr | None = None
+        self, kernel: MatmulKernel, t: Expr, count: Expr, row: Expr | None = None
     ) -> Iterator["_Tile"]:
         """Tile ``t`` of ``count`` groups once for every layout, each time inside its branch."""
         layout = hold(load(self.table, t, 0, lanes=1))
@@ -629,8 +631,11 @@ class _Weight:
             hold(T.cast(load(self.table, t, i, lanes=1), "int64") * VECTOR) for i in (1, 2)
         )
         for fmt in {fmt.layout: fmt for fmt in FORMATS.values()}.values():
+            if kernel.layouts and fmt.layout not in kernel.layouts:
+                continue
             with _when(layout == fmt.layout):
-                yield _Tile(self.data, base, count, fmt, row, _Codebook(instructions, entries))
+                codebook = _Codebook(kernel.instructions, entries)
+                yield _Tile(self.data, base, count, fmt, row, codebook)
 
 
 @dataclass(frozen=True, slots=True)
