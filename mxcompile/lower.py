@@ -18,7 +18,7 @@ from tvm import relax, s_tir
 from mxcompile import graph, linker, qdq
 from mxcompile.artifact import TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
-from mxcompile.formats import ActivationFormat
+from mxcompile.formats import FORMATS, ActivationFormat
 from mxcompile.knobs import Choice
 from mxcompile.passes.kv_cache import NO_WINDOW
 from mxcompile.passes.quantize_activations import activation_format
@@ -88,13 +88,19 @@ class _Builder:
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     weight_vars: dict[str, Expr] = field(default_factory=dict)
     packed: dict[tuple[str, ...], str] = field(default_factory=dict)
+    formats: set[str] = field(default_factory=set)
     views: dict[ir.Value, _View] = field(default_factory=dict)
     made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     choice: Choice = field(default_factory=Choice)
 
+    @property
+    def matmul(self) -> families.MatmulTemplates:
+        """The matrix product kernels, with code for the formats that weights have."""
+        return self.kernels.matmul.only(tuple(f for f in FORMATS if f in self.formats))
+
     def tuned(self, rows: int, columns: int) -> families.MatmulTemplates:
-        """The matrix product kernels with what records say of a weight's shape."""
-        return self.kernels.matmul.tuned(self.choice.knobs(rows, columns))
+        """The same with what records say of a weight's shape."""
+        return self.matmul.tuned(self.choice.knobs(rows, columns))
 
     def kernel(self, template: Callable[..., Any], *knobs: Any) -> Any:
         """The function that a kernel template makes of its knobs; made once."""
@@ -236,6 +242,7 @@ def _pack(builder: _Builder, node: ir.Node) -> None:
     label = "+".join(names)
     builder.weights[f"{label}.packed"] = packed.data
     builder.weights[f"{label}.tiles"] = packed.table
+    builder.formats.update(fmt.name for w in weights for fmt in set(w.formats.formats))
     builder.packed[names] = label
 
 
@@ -322,11 +329,9 @@ def _product(
     """The matrix product of a matrix, rounded to a format or as it is, with packed row tiles."""
     count, columns = shape_of(x)
     if activation is None:
-        return builder.call(
-            builder.kernel(builder.kernels.matmul.matmul_f32), [x, *weight], (count, rows)
-        )
+        return builder.call(builder.kernel(builder.matmul.matmul_f32), [x, *weight], (count, rows))
     size = cpu_matmul.activation_bytes(int(columns), activation)
-    quantize = builder.kernel(builder.kernels.matmul.quantize_activation, activation)
+    quantize = builder.kernel(builder.matmul.quantize_activation, activation)
     codes = builder.call(quantize, [x], (count, size), "int8")
     multiply = builder.kernel(builder.tuned(rows, int(columns)).matmul_quantized, activation)
     return builder.call(multiply, [codes, *weight], (count, rows))
@@ -366,7 +371,7 @@ def _mixed_gather(builder: _Builder, node: ir.Node) -> Expr:
     output = node.outputs[0].shape
     assert output is not None
     columns = int(output[-1])  # type: ignore[arg-type]
-    kernel = builder.kernel(builder.kernels.matmul.gather_rows)
+    kernel = builder.kernel(builder.matmul.gather_rows)
     rows = builder.call(kernel, [flat, *_weight(builder, names)], (shape_of(flat)[0], columns))
     return builder.scope.emit(relax.op.reshape(rows, (*lead, columns)))
 

@@ -15,8 +15,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
-from unittest.mock import patch
 
 import tvm
 
@@ -88,9 +86,11 @@ def loops(assembly: str) -> Iterator[Loop]:
 
 def compiled(where: Target, fmt: Format) -> str:
     """The assembly of the kernel for int8 activations, with code for one weight format only."""
-    kernel = cpu_matmul.MatmulKernel(where.instructions)  # type: ignore[arg-type]
-    with patch.object(cpu_matmul, "FORMATS", MappingProxyType({fmt.name: fmt})):
-        function = kernel.matmul_quantized(ACTIVATION_FORMATS["int8"])
+    kernel = cpu_matmul.MatmulKernel(
+        where.instructions,  # type: ignore[arg-type]
+        formats=(fmt.name,),
+    )
+    function = kernel.matmul_quantized(ACTIVATION_FORMATS["int8"])
     module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
     built = tvm.tirx.build(module, target=tvm.target.Target(dict(where.tvm)))
     return str(built.inspect_source("asm"))
@@ -138,7 +138,7 @@ def rows_of(name: str, tool: str) -> Iterator[tuple[object, ...]]:
     """A line of the table for each format and number of activation rows."""
     where, core = target.find(name), CORES[name]
     memory = where.speed.bytes_per_second / 1e9
-    for fmt in FORMATS.values():
+    for fmt in {fmt.layout: fmt for fmt in FORMATS.values()}.values():
         size = fmt.bits * VECTOR + SIDE
         found: dict[int, tuple[float, str, Loop]] = {}
         for loop in loops(compiled(where, fmt)):
@@ -168,8 +168,10 @@ def main() -> None:
     tool = find_tool()
     for name in sys.argv[1:] or CORES:
         core, where = CORES[name], target.find(name)
-        print(f"\n{name}: {core.count} {core.name} at {core.clock} GHz, {where.instructions}, ")
-        print(f"memory {where.speed.bytes_per_second / 1e9:.0f} GB/s\n")
+        print(
+            f"\n{name}: {core.count} {core.name} at {core.clock} GHz, {where.instructions}, "
+            f"memory {where.speed.bytes_per_second / 1e9:.0f} GB/s\n"
+        )
         head = "format | rows | instructions | products | per weight byte | cycles | "
         head += "MACs a cycle | GB/s of weights a core | bound by"
         print(f"| {head} |")

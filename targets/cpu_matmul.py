@@ -123,6 +123,10 @@ class MatmulKernel:
         found = dict(self.knobs).get(fmt.name, Knobs())
         return replace(found, row_block=found.row_block or _ROW_BLOCK[self.instructions])
 
+    def only(self, formats: tuple[str, ...]) -> "MatmulKernel":
+        """The same kernels for fewer formats."""
+        return replace(self, formats=formats)
+
     def tuned(self, knobs: tuple[tuple[str, Knobs], ...]) -> "MatmulKernel":
         """The same kernels with other knobs."""
         return replace(self, knobs=knobs)

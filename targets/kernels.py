@@ -34,6 +34,9 @@ from mxcompile.targets.cuda_norm import CudaNorm
 class MatmulTemplates(Protocol):
     """Matrix products with packed weights; see ``cpu_matmul``."""
 
+    def only(self, formats: tuple[str, ...]) -> "MatmulTemplates":
+        """Take the formats that tiles have, so that no code is made for others."""
+
     def tuned(self, knobs: tuple[tuple[str, Knobs], ...]) -> "MatmulTemplates":
         """Take what tuning records say, where there is something to tune."""
 
