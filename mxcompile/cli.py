@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
@@ -19,6 +20,7 @@ from mxcompile.files import whole
 if TYPE_CHECKING:  # what a verb needs is imported when it runs: --help must be quick
     from mxcompile.compiler import Job
     from mxcompile.runtime import Program
+    from mxcompile.target import Target
 
 _EXAMPLES: Final = """\
 examples:
@@ -27,6 +29,7 @@ examples:
   mxcompile run model.mxc --prompt "The sea"
   mxcompile eval model.mxc --reference model.onnx --text book.txt
   mxcompile bench model.mxc -p 256 -n 64 -t 1,2
+  mxcompile deploy model.mxc -o device.tar.gz
 
 A first word that is not a verb is a model to compile.
 """
@@ -185,9 +188,10 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--activations",
-        choices=("int8", "fp32"),
-        default="int8",
-        help="what matmuls take (default: int8)",
+        choices=("auto", "int8", "int16", "fp32"),
+        default="auto",
+        help="what matmuls take; auto is int8, and int16 for the few layers that need it most "
+        "(default: auto)",
     )
     verb.add_argument(
         "--kv-cache",
@@ -301,8 +305,8 @@ def _describe_artifact(path: str, facts: dict[str, Any]) -> str:
     ]
     if facts["decoder_bits_per_weight"]:
         lines.append(f"decoder   {facts['decoder_bits_per_weight']:.3f} bits without vocabulary")
-    if facts["quality"]:
-        lines.append("quality   " + _describe_quality(facts["quality"]))
+    measured = _describe_quality(facts["quality"]) or "not verified: made where it cannot run"
+    lines.append("quality   " + measured)
     return "\n".join(lines)
 
 
@@ -676,6 +680,40 @@ def _bench(args: argparse.Namespace) -> None:
     _show(args, rows, _table(head, lines))
 
 
+# deploy
+
+
+def _add_deploy(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("artifact", type=Path, metavar="OUT.mxc")
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DEVICE.tar.gz")
+    verb.add_argument(
+        "--wheels", type=Path, metavar="DIR", help="TVM's wheels for another kind of machine"
+    )
+    verb.add_argument("--cxx", metavar="COMMAND", help="the C++ compiler for that machine")
+
+
+def _deploy(args: argparse.Namespace) -> None:
+    from mxcompile.deploy import deploy
+
+    shown = _progress(args)
+    made = deploy(args.artifact, args.output, wheels=args.wheels, compiler=args.cxx, progress=shown)
+    size = made.archive.stat().st_size
+    beside = made.bytes_beside_model
+    data = {
+        "output": str(made.archive),
+        "machine": made.machine,
+        "bytes": size,
+        "bytes_beside_model": beside,
+        "files": made.files,
+        "seconds": shown.seconds,
+    }
+    text = (
+        f"{made.archive}: {_size(size)} for {made.machine}; unpacked, {_size(beside)} beside the "
+        "weights and the tokenizer"
+    )
+    _show(args, data, text)
+
+
 # inspect and list
 
 
@@ -714,32 +752,46 @@ def _list(args: argparse.Namespace) -> None:
         "strategies": _strategies,
     }
     rows = lists[args.what]()
-    text = _table(("name", "description"), [(row["name"], row["description"]) for row in rows])
+    columns = ("name", "description", *(["notes"] if args.what == "targets" else []))
+    text = _table(columns, [tuple(row[key] for key in columns) for row in rows])
     _show(args, rows, text)
 
 
 def _targets() -> list[dict[str, Any]]:
     from mxcompile import target
 
-    here = target.host_features()
     return [
         {
             "name": found.name,
             "description": found.description,
             "family": found.family,
             "requires": sorted(found.requires),
-            "runs_here": found.family == target.host_family() and found.requires <= here,
+            "parent": found.parent,
+            "default": found.default,
+            "speed": asdict(found.speed),
+            "runs_here": found.runs_here,
+            "notes": _about(found),
         }
         for found in target.shipped()
     ]
 
 
+def _about(found: "Target") -> str:
+    """What to know of a target before it is chosen."""
+    needs = (
+        f"a board of {found.parent}"
+        if found.parent
+        else f"needs {' '.join(sorted(found.requires))}"
+    )
+    kind = [f"what {found.family} means elsewhere"] if found.default else []
+    return "; ".join([needs, *kind, *(["runs here"] if found.runs_here else [])])
+
+
 def _formats() -> list[dict[str, Any]]:
-    from mxcompile.formats import FORMATS, GROUP
+    from mxcompile.formats import FORMATS
 
     return [
-        {"name": f.name, "bits": f.bits, "description": f"{f.bits} bits a code, groups of {GROUP}"}
-        for f in FORMATS.values()
+        {"name": f.name, "bits": f.bits, "description": f.description} for f in FORMATS.values()
     ]
 
 
@@ -774,6 +826,7 @@ _VERBS: Final[dict[str, tuple[_Add, _Run, str]]] = {
     "run": (_add_run, _run, "generate text, or run a model on arrays"),
     "eval": (_add_eval, _evaluate, "measure how far a model is from its reference"),
     "bench": (_add_bench, _bench, "measure tokens a second"),
+    "deploy": (_add_deploy, _deploy, "pack an artifact with all that a device needs to run it"),
     "inspect": (_add_inspect, _inspect, "show what an artifact, a plan or a model holds"),
     "list": (_add_list, _list, "list the targets, formats, passes or strategies"),
 }

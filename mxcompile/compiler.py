@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,14 +25,17 @@ from mxcompile import (
     target,
     verify,
 )
+from mxcompile.activations import AUTO, Choice, choose_activations
 from mxcompile.artifact import Artifact
 from mxcompile.budget import Budgets
 from mxcompile.errors import PlanError, UnsupportedError, UsageError
 from mxcompile.evidence import Evidence
+from mxcompile.formats import FORMATS
 from mxcompile.instruments import Dump, Verify
 from mxcompile.latency import Latency
+from mxcompile.passes import sort_vocabulary
 from mxcompile.pipeline import Context, Instrument, Pipeline
-from mxcompile.plan import PrecisionPlan, Rule
+from mxcompile.plan import CODEBOOK_BYTES, PrecisionPlan, Rule
 from mxcompile.price import Costs
 from mxcompile.progress import Progress
 from mxcompile.samples import Samples
@@ -42,7 +45,7 @@ from mxcompile.statistics import Statistics
 HEADER_BYTES: Final = 90
 """The most that the weight file's header says of a tensor, besides its name."""
 
-TILE_ENTRY_BYTES: Final = 8
+TILE_ENTRY_BYTES: Final = 12
 """A row tile's entry in the table of formats and offsets."""
 
 SWEEP_POINTS: Final = 24
@@ -57,7 +60,7 @@ class Job:
     budgets: tuple[str, ...]
     output: Path
     force: bool = False
-    activations: Literal["int8", "fp32"] = "int8"
+    activations: Choice = AUTO
     kv_dtype: Literal["fp16", "fp32"] = "fp16"
     emit_onnx: Path | None = None
     dump_ir: Path | None = None
@@ -127,12 +130,13 @@ def compile_model(job: Job, progress: Progress) -> Artifact:
     """
     artifacts.check_destination(job.output, force=job.force)
     where = target.find(job.target)
+    lower.check(where)
     return _build(job, where, _plan(job, where, progress), progress)
 
 
 def _build(job: Job, where: target.Target, planned: Planned, progress: Progress) -> Artifact:
     """Quantize, lower, package and verify what was planned."""
-    ctx = Context(where, planned.plan, planned.statistics, job.activations, job.kv_dtype)
+    ctx = Context(where, planned.plan, planned.statistics, job.kv_dtype)
     with progress.stage("quantize"):
         quantized = _run(job, passes.QUANTIZE, planned.model, ctx)
     if job.emit_onnx is not None:
@@ -161,8 +165,8 @@ def _build(job: Job, where: target.Target, planned: Planned, progress: Progress)
             with progress.stage("verify"):
                 if job.plan is None:
                     verify.check_size(built, Budgets.parse(job.budgets, manifest.parameters).size)
-                quality = verify.check(built, job.model, planned.samples, planned.predicted)
-            if job.verify == "full":
+                quality = _verify(job, where, planned, built, progress)
+            if job.verify == "full" and quality:
                 verify.check_better(quality, _uniform_quality(job, where, planned, progress))
             page = report.render(
                 built,
@@ -174,6 +178,16 @@ def _build(job: Job, where: target.Target, planned: Planned, progress: Progress)
             )
             artifacts.finish(built, quality=quality, report=page)
     return artifacts.load(job.output)
+
+
+def _verify(
+    job: Job, where: target.Target, planned: Planned, built: Artifact, progress: Progress
+) -> Mapping[str, float]:
+    """What is measured on the program; nothing where this machine cannot run it."""
+    if not where.runs_here:
+        progress.note(f"not verified on this host: it cannot run {where.name} programs")
+        return {}
+    return verify.check(built, job.model, planned.samples, planned.predicted)
 
 
 def _uniform_quality(
@@ -197,23 +211,25 @@ def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
 
 def price_model(job: Job, progress: Progress) -> Priced:
     """All that plans are made from, whatever the budget."""
-    model, samples, fixed = _prepare(job, target.find(job.target), progress)
+    where = target.find(job.target)
+    model, samples = _prepare(job, where, progress)
     if not graph.units(model):
         raise UnsupportedError(f"{job.model} has no weight that is large enough to plan")
     kept = _kept(job, samples)
-    statistics = _statistics(job, model, samples, kept, progress)
-    costs = _prices(model, lambda: statistics, kept, progress)
+    model, statistics = _observed(job, where, model, samples, kept, progress)
+    costs = _prices(job, model, statistics, kept, progress)
     codes = None if kept is None else Path(f"{kept}.codes-{price.VERSION}")
-    return Priced(model, samples, fixed, statistics, costs, codes)
+    return Priced(model, samples, _fixed_bytes(model), statistics, costs, codes)
 
 
 def sweep_budgets(job: Job, progress: Progress) -> list[dict[str, float]]:
     """Bytes, bits a weight and predicted damage of the best plans from least to most bytes."""
-    model, samples, fixed = _prepare(job, target.find(job.target), progress)
+    where = target.find(job.target)
+    model, samples = _prepare(job, where, progress)
     kept = _kept(job, samples)
-    collect = partial(_statistics, job, model, samples, kept, progress)
-    costs = _prices(model, collect, kept, progress).bind(job.rules)
-    count = graph.parameters(model)
+    model, statistics = _observed(job, where, model, samples, kept, progress)
+    costs = _prices(job, model, statistics, kept, progress).bind(job.rules)
+    count, fixed = graph.parameters(model), _fixed_bytes(model)
     return [
         {
             "weight_bytes": size + fixed,
@@ -252,14 +268,14 @@ def _run(job: Job, pipeline: str, model: ir.Model, ctx: Context) -> ir.Model:
     return Pipeline.parse(pipeline, passes.REGISTRY).run(model, ctx, watchers)
 
 
-def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Model, Samples, int]:
-    """The canonical model, samples, and the bytes of the weight file that no plan changes."""
+def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Model, Samples]:
+    """The canonical model, and samples."""
     with progress.stage("load"):
         model = graph.load(job.model)
         graph.fix_shapes(model, dict(map(_parse_shape, job.shapes)))
         model = _run(job, passes.FRONT, model, Context(where))
         samples = Samples.find(model, job.model, job.calibration)
-    return model, samples, _fixed_bytes(model)
+    return model, samples
 
 
 def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
@@ -271,17 +287,22 @@ def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _fixed_bytes(model: ir.Model) -> int:
-    """What the weight file holds besides packed tiles: float tensors, tile tables, its header."""
+    """What the weight file holds besides packed tiles: other tensors, tile tables, its header."""
     units = graph.units(model)
     planned = {u.name for u in units}
-    floats = [
-        v
+    others = [
+        (name, v.const_value)
         for name, v in model.graph.initializers.items()
-        if name not in planned and v.dtype == ir.DataType.FLOAT and v.const_value is not None
+        if name not in planned and v.const_value is not None
     ]
-    data = sum(v.const_value.nbytes for v in floats if v.const_value is not None)
-    tables = sum(u.tiles * TILE_ENTRY_BYTES for u in units)
-    names = sum(len(graph.name(v)) + HEADER_BYTES for v in floats)
+    others = [
+        (n, t) for n, t in others if t.dtype == ir.DataType.FLOAT or t.size > lower.MAX_INLINE
+    ]
+    data = sum(tensor.nbytes for _, tensor in others)
+    # A plan may take as many codebooks for each weight.
+    codebooks = CODEBOOK_BYTES * sum(bool(fmt.codebook) for fmt in FORMATS.values())
+    tables = sum(u.tiles * TILE_ENTRY_BYTES + codebooks for u in units)
+    names = sum(len(name) + HEADER_BYTES for name, _ in others)
     return data + tables + names + sum(2 * (len(u.name) + HEADER_BYTES) for u in units)
 
 
@@ -313,20 +334,39 @@ def _statistics(
     return collect() if kept is None else calibrate.cached(Path(f"{kept}.safetensors"), collect)
 
 
+def _observed(
+    job: Job,
+    where: target.Target,
+    model: ir.Model,
+    samples: Samples,
+    kept: Path | None,
+    progress: Progress,
+) -> tuple[ir.Model, Statistics]:
+    """The model with its vocabulary sorted, and what it does on the samples."""
+    statistics = _statistics(job, model, samples, kept, progress)
+    ordered = _run(job, passes.SORT, model, Context(where, statistics=statistics))
+    for unit, order in sort_vocabulary.orders(ordered).items():
+        statistics = statistics.sorted(unit, order)
+    return ordered, statistics
+
+
 def _prices(
-    model: ir.Model, statistics: Callable[[], Statistics], kept: Path | None, progress: Progress
+    job: Job, model: ir.Model, statistics: Statistics, kept: Path | None, progress: Progress
 ) -> Costs:
-    """What every tile costs in every format; kept beside the statistics."""
+    """What every tile costs in every format that it may get; kept beside the statistics."""
     units = graph.units(model)
+    named = {rule.format for rule in job.rules}
+    formats = [fmt for fmt in FORMATS.values() if fmt in price.PRICED or fmt in named]
 
     def make() -> Costs:
-        return price.price(partial(graph.weight, model), units, statistics(), progress=progress)
+        weights = partial(graph.weight, model)
+        return price.price(weights, units, statistics, formats, progress=progress)
 
     if kept is None:
         return make()
     path = Path(f"{kept}.costs-{price.VERSION}.safetensors")
     with suppress(UsageError):
-        if (costs := price.load(path)).units == units:
+        if (costs := price.load(path)).units == units and set(formats) <= set(costs.formats):
             return costs
     costs = make()
     price.save(costs, path)
@@ -337,17 +377,19 @@ def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
     Budgets.parse(job.budgets, 1)  # a budget that cannot be read is refused before the work
     strategies.find(job.strategy)
     if job.plan is None:
-        return _choose(job, price_model(job, progress), progress)
-    model, samples, _ = _prepare(job, where, progress)
+        return _choose(job, where, price_model(job, progress), progress)
+    model, samples = _prepare(job, where, progress)
     plan = _read_plan(job.plan, model)
-    statistics = _statistics(job, model, samples, _kept(job, samples), progress)
+    model, statistics = _observed(job, where, model, samples, _kept(job, samples), progress)
+    if not plan.activations or job.activations != AUTO:
+        plan = replace(plan, activations=choose_activations(model, statistics, job.activations))
     return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
 
 
-def _choose(job: Job, priced: Priced, progress: Progress) -> Planned:
+def _choose(job: Job, where: target.Target, priced: Priced, progress: Progress) -> Planned:
     """Spend the budgets by the strategy asked for; the solver's own refuses what none can meet."""
     model, costs = priced.model, priced.costs
-    found = _solve(job, model, costs, priced.fixed_bytes, progress)
+    found = _solve(job, where, model, costs, priced.fixed_bytes, progress)
     plan, predicted = found.plan, _predictions(found, model)
     if job.strategy != strategies.OURS:
         plan = _other(job, priced, progress)
@@ -355,6 +397,8 @@ def _choose(job: Job, priced: Priced, progress: Progress) -> Planned:
         bits = 8 * size / graph.parameters(model)
         damage = costs.total(plan)
         predicted = {"damage": damage, "method": job.strategy, "bits_per_weight": bits}
+    rounded = choose_activations(model, priced.statistics, job.activations)
+    plan = replace(plan, activations=rounded)
     return Planned(model, priced.samples, plan, priced.statistics, predicted, costs)
 
 
@@ -368,7 +412,14 @@ def _other(job: Job, priced: Priced, progress: Progress) -> PrecisionPlan:
     return strategies.STRATEGIES[job.strategy](priced.evidence(progress), limit)
 
 
-def _solve(job: Job, model: ir.Model, costs: Costs, fixed: int, progress: Progress) -> Solution:
+def _solve(
+    job: Job,
+    where: target.Target,
+    model: ir.Model,
+    costs: Costs,
+    fixed: int,
+    progress: Progress,
+) -> Solution:
     count = graph.parameters(model)
     budgets = Budgets.parse(job.budgets, count)
     with progress.stage("solve"):
@@ -378,7 +429,7 @@ def _solve(job: Job, model: ir.Model, costs: Costs, fixed: int, progress: Progre
                 unit: sum(use.kind != "embedding" for use in uses)
                 for unit, uses in graph.uses(model).items()
             }
-            latency = Latency.measured(runtime.cores(), reads)
+            latency = _latency(where, model, reads)
             progress.note(f"the rate is predicted by {latency.source}")
         return solve(
             costs.bind(job.rules),
@@ -387,6 +438,14 @@ def _solve(job: Job, model: ir.Model, costs: Costs, fixed: int, progress: Progre
             fixed_bytes=fixed,
             latency=latency,
         )
+
+
+def _latency(where: target.Target, model: ir.Model, reads: Mapping[str, int]) -> Latency:
+    """Measured where the target is this machine, else as the target is described."""
+    if where.runs_here and not where.parent:
+        return Latency.measured(runtime.cores(), reads)
+    macs = sum(reads[unit.name] * unit.parameters for unit in graph.units(model))
+    return Latency.described(where, macs, reads)
 
 
 def _predictions(found: Solution, model: ir.Model) -> dict[str, float | str]:
@@ -412,7 +471,7 @@ def _read_plan(path: Path, model: ir.Model) -> PrecisionPlan:
 def _manifest(
     job: Job, where: target.Target, planned: Planned, lowered: lower.Lowered
 ) -> artifacts.Manifest:
-    text = ",".join((passes.FRONT, passes.QUANTIZE, passes.FUSE))
+    text = ",".join((passes.FRONT, passes.SORT, passes.QUANTIZE, passes.FUSE))
     decoder = bool(lowered.caches)
     keys = lowered.caches[::2]
     layers = tuple(artifacts.CacheLayer(int(k.shape[1]), int(k.shape[3])) for k in keys)
@@ -422,7 +481,7 @@ def _manifest(
         target=where.name,
         target_features=tuple(sorted(where.requires)),
         budget=" ".join(job.budgets),
-        activations=job.activations,
+        activations=planned.plan.activation_summary,
         pipeline=text,
         plan_digest=planned.plan.digest,
         parameters=graph.parameters(planned.model),

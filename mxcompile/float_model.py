@@ -14,7 +14,7 @@ from mxcompile.interpret import Interpreter, padded, windows
 Feed: TypeAlias = Mapping[str, Tensor]
 """One sample: a value for each input of the graph."""
 
-LOGITS: Final = "logits"
+LOGITS: Final = graph.LOGITS
 POINTWISE: Final = ("Add", "Cast", "Div", "Identity", "Mul", "Sub", "Tanh")
 """What may stand between the head and the logits."""
 
@@ -35,7 +35,7 @@ class FloatModel:
         self.uses = uses
         self.model = model
         self.outputs = [graph.name(v) for v in model.graph.outputs if not _is_cache(v)]
-        self.head = _find_head(model, uses)
+        self.head = find_head(model, uses)
 
     @property
     def hidden(self) -> str | None:
@@ -113,7 +113,7 @@ def _is_cache(value: ir.Value) -> bool:
     return graph.name(value).startswith(("present", "past"))
 
 
-def _find_head(model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> Use | None:
+def find_head(model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> Use | None:
     """The linear layer behind the logits, with nothing after it but position-wise operators."""
     linear = {u.node: u for found in uses.values() for u in found if u.kind == "linear"}
     value = next((v for v in model.graph.outputs if v.name == LOGITS), None)

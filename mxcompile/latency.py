@@ -15,6 +15,8 @@ from typing import Final, Self
 
 import numpy as np
 
+from mxcompile.target import Target
+
 BUFFER: Final = 1 << 28
 """Bytes that are read to measure bandwidth: far more than caches hold."""
 
@@ -30,11 +32,27 @@ class Latency:
         reads: By unit, how often a step reads all of it; 1 where nothing is said, 0 for a table
             of which a step looks up some rows.
         source: Where the bandwidth comes from, for people.
+        products: Seconds that the products of a step take at the least; reading hides them.
+        rest: Seconds that a step takes besides.
     """
 
     seconds_per_byte: float
     reads: Mapping[str, int] = field(default_factory=dict)
     source: str = ""
+    products: float = 0.0
+    rest: float = 0.0
+
+    @classmethod
+    def described(cls, where: Target, macs: int, reads: Mapping[str, int]) -> Self:
+        """Take what a target's description says, for a step of ``macs`` products."""
+        speed = where.speed
+        return cls(
+            1 / speed.bytes_per_second,
+            reads,
+            f"a roofline at {1e-9 * speed.bytes_per_second:.4g} GB/s, as target {where.name} says",
+            macs / speed.macs_per_second,
+            speed.step_seconds,
+        )
 
     @classmethod
     def measured(cls, threads: int, reads: Mapping[str, int]) -> Self:
@@ -56,8 +74,9 @@ class Latency:
 
     def limit(self, tokens_per_second: float) -> int:
         """The most bytes that a step may read at a rate."""
-        return int(1 / (tokens_per_second * self.seconds_per_byte))
+        left = 1 / tokens_per_second - self.rest
+        return int(left / self.seconds_per_byte) if left >= self.products else 0
 
     def rate(self, size: int) -> float:
         """Tokens a second when a step reads so many bytes."""
-        return 1 / (max(size, 1) * self.seconds_per_byte)
+        return 1 / (max(max(size, 1) * self.seconds_per_byte, self.products) + self.rest)

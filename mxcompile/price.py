@@ -17,13 +17,16 @@ from mxcompile.files import whole
 from mxcompile.formats import FORMATS, Format
 from mxcompile.plan import ROW_TILE, PrecisionPlan, Rule, Unit, tile_bytes
 from mxcompile.progress import Progress
-from mxcompile.quantize import dequantize, quantize
+from mxcompile.quantize import dequantize, learn, quantize
 from mxcompile.statistics import Statistics
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Changes whenever the quantizers give other codes for the same weights and statistics."""
+
+PRICED: Final = tuple(fmt for fmt in FORMATS.values() if fmt.name != "nf4")
+"""What is priced unless a rule names more: a learned codebook takes the same bytes as nf4."""
 
 BLOCK: Final = 1 << 23
 """Weights that are priced at a time."""
@@ -103,7 +106,7 @@ def price(
     weights: Callable[[str], Array],
     units: Sequence[Unit],
     statistics: Statistics,
-    formats: Sequence[Format] = tuple(FORMATS.values()),
+    formats: Sequence[Format] = PRICED,
     progress: Progress | None = None,
 ) -> Costs:
     """Quantize every unit in every format and add up the damage of its row tiles.
@@ -133,13 +136,15 @@ def price(
             if not np.isfinite(met).all():
                 raise UsageError(f"{unit.name} cannot be priced: calibration met infinite numbers")
             importance = met if met.ndim == 1 else np.diagonal(met).copy()
+            rows = np.arange(unit.rows)
+            codebooks = {f: learn(weight, rows, f, importance, name=unit.name) for f in formats}
             damage[unit.name] = np.zeros((unit.tiles, len(formats)))
             step = max(BLOCK // (unit.columns * ROW_TILE), 1) * ROW_TILE
             for start in range(0, unit.rows, step):
                 block = weight[start : start + step]
                 tiles = slice(start // ROW_TILE, (start + step) // ROW_TILE)
                 damage[unit.name][tiles] = _block(
-                    unit.name, block, start, importance, statistics, formats
+                    unit.name, block, start, importance, statistics, codebooks
                 )
                 advance(block.size)
     return Costs(tuple(units), tuple(formats), damage)
@@ -151,16 +156,16 @@ def _block(
     start: int,
     importance: Array,
     statistics: Statistics,
-    formats: Sequence[Format],
+    codebooks: Mapping[Format, Array | None],
 ) -> Array:
     """The damage of some tiles of a unit, float64 [tiles, formats]."""
-    by_row = np.zeros((-(-len(block) // ROW_TILE) * ROW_TILE, len(formats)))
+    by_row = np.zeros((-(-len(block) // ROW_TILE) * ROW_TILE, len(codebooks)))
     with torch.inference_mode():
-        for index, fmt in enumerate(formats):
-            quantized = quantize(block, fmt, importance, name=unit)
+        for index, (fmt, codebook) in enumerate(codebooks.items()):
+            quantized = quantize(block, fmt, importance, codebook=codebook, name=unit)
             delta = torch.from_numpy(dequantize(quantized, fmt) - block)
             by_row[: len(block), index] = statistics.damage(unit, delta, start).numpy()
-    tiles: Array = by_row.reshape(-1, ROW_TILE, len(formats)).sum(1)
+    tiles: Array = by_row.reshape(-1, ROW_TILE, len(codebooks)).sum(1)
     return tiles
 
 

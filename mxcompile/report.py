@@ -61,7 +61,10 @@ def render(
         decided = _explain(why, predicted, measured)
     sections = [
         page.section("Summary", page.table(("", ""), _summary(facts))),
-        page.section("Measured on the compiled program", page.values(measured)),
+        page.section(
+            "Measured on the compiled program",
+            page.values(measured) or "Not verified: made where it cannot run.",
+        ),
         page.section(
             "Predicted by the solver",
             page.values({_PREDICTED.get(name, name): value for name, value in predicted.items()}),

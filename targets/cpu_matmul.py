@@ -5,13 +5,16 @@ of groups, ``ceil(K / 32)``; ``W`` and ``table`` are the ``data`` and ``table`` 
 ``packing.Packed`` of ``tiles`` tiles; ``N`` is at most ``16 * tiles``: the rows that pad the last
 tile may be left out. ``W`` starts at a multiple of 64 bytes and its tiles lie in order::
 
-    quantize_activation(X: f32 [M, K], Q: out i8 [M, 40 * G])
-    matmul_int8(Q: i8 [M, 40 * G], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, N])
-    matmul_f32(X: f32 [M, K], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, N])
-    gather_rows(ids: i64 [M], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, K])
+    quantize_activation(X: f32 [M, K], Q: out i8 [M, D * 40 * G])
+    matmul_quantized(Q: i8 [M, D * 40 * G], W: u8 [bytes], table: i32 [tiles, 3],
+                     Y: out f32 [M, N])
+    matmul_f32(X: f32 [M, K], W: u8 [bytes], table: i32 [tiles, 3], Y: out f32 [M, N])
+    gather_rows(ids: i64 [M], W: u8 [bytes], table: i32 [tiles, 3], Y: out f32 [M, K])
 
 A quantized activation ``Q`` has a record of 40 bytes for every group: 32 int8, their scale as
-float32, their sum as int32. One stream a row is what lets 8 rows share the registers of a CPU.
+float32, their sum as int32. One stream a row is what lets 8 rows share the registers of a CPU. An
+activation of ``D`` digits has ``D`` runs of records a row, from the highest digit, whose scales
+hold the digits' weights: the kernel takes them as rows that add up.
 
 The inner loops keep a row of the tile in every lane: a vector of 16 words holds 4 codes of 16 rows,
 and a dot product of bytes multiplies them by 4 activations that are broadcast. Codes of less than
@@ -22,13 +25,14 @@ and a dot product of bytes multiplies them by 4 activations that are broadcast. 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, Format, groups
+from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, ActivationFormat, Format, groups
 from mxcompile.plan import ROW_TILE
 from mxcompile.targets.cpu_norm import (
     build,
@@ -43,12 +47,20 @@ from mxcompile.targets.cpu_norm import (
 )
 from mxcompile.targets.packing import BLOCK, QUADS, SIDE, VECTOR
 
-Instructions = Literal["avx512vnni", "avx2", "generic"]
+Instructions = Literal["avx512vnni", "avxvnni", "avx2", "i8mm", "dotprod", "neon", "generic"]
 
 RECORD: Final = GROUP + 8
 """Bytes of a quantized group of an activation row: codes, scale, sum."""
 
-_ROW_BLOCK: Final = {"avx512vnni": 8, "avx2": 4, "generic": 4}
+_ROW_BLOCK: Final = {
+    "avx512vnni": 8,
+    "avxvnni": 4,
+    "avx2": 4,
+    "i8mm": 4,
+    "dotprod": 4,
+    "neon": 2,
+    "generic": 4,
+}
 
 _JOBS: Final = 48
 """Shares that one row's work is cut in: a multiple of most numbers of threads."""
@@ -63,9 +75,9 @@ _ROUND: Final = 1.5 * 2.0**23
 """Added to a float of magnitude below 2**22, leaves it rounded half to even in the low bits."""
 
 
-def activation_bytes(columns: int) -> int:
+def activation_bytes(columns: int, fmt: ActivationFormat) -> int:
     """The bytes of a quantized activation row."""
-    return groups(columns) * RECORD
+    return groups(columns) * RECORD * fmt.digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +93,8 @@ class MatmulKernel:
     row_block: int = 0
     serial_groups: int = 1024
 
-    def quantize_activation(self) -> PrimFunc:
-        """Rounds every group of 32 activations half to even to its absmax / 127."""
+    def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
+        """Rounds every group of 32 activations half to even to its absmax / top."""
 
         def emit() -> None:
             m, k, q = map(symbol, "mkq")
@@ -91,7 +103,7 @@ class MatmulKernel:
             def quantize(row: Expr) -> None:
                 with T.serial(0, k // GROUP) as g:
                     halves = [load(x, row, g * GROUP + i, lanes=ROW_TILE) for i in (0, ROW_TILE)]
-                    _quantize_group(halves, codes, row, g * RECORD)
+                    _quantize_group(halves, fmt, codes, row, g * RECORD)
                 with _when(k % GROUP != 0):
                     tail = registers(2, ROW_TILE)
                     start = hold(k // GROUP * GROUP)
@@ -99,14 +111,14 @@ class MatmulKernel:
                         with T.serial(0, T.min(k - start - i * ROW_TILE, ROW_TILE)) as j:
                             store(tail[i], load(x, row, start + i * ROW_TILE + j, lanes=1), j)
                     halves = [load(half, 0, lanes=ROW_TILE) for half in tail]
-                    _quantize_group(halves, codes, row, k // GROUP * RECORD)
+                    _quantize_group(halves, fmt, codes, row, k // GROUP * RECORD)
 
             spread(m, m * (k // GROUP) < self.serial_groups, quantize)
 
         return build(emit)
 
-    def matmul_int8(self) -> PrimFunc:
-        """Y = Q @ W.T with exact integer sums inside a group."""
+    def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
+        """Y = Q @ W.T with exact integer sums inside a group, for each digit."""
 
         def emit() -> None:
             m, n, q = map(symbol, "mnq")
@@ -114,11 +126,11 @@ class MatmulKernel:
             y = param("Y", (m, n))
 
             def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
-                self._int8_block(tile, codes, y, t, row, rows)
+                self._quantized_block(tile, codes, fmt.digits, y, t, row, rows)
 
-            rows = self.row_block or _ROW_BLOCK[self.instructions]
+            rows = (self.row_block or _ROW_BLOCK[self.instructions]) // fmt.digits
             sizes = [rows >> i for i in range(rows.bit_length())]
-            self._all_tiles(weight, m, q // RECORD, sizes, block)
+            self._all_tiles(weight, m, q // (RECORD * fmt.digits), sizes, block)
 
         return build(emit)
 
@@ -151,7 +163,7 @@ class MatmulKernel:
                     T.max(T.min(load(ids, i, lanes=1), weight.tiles * ROW_TILE - 1), T.int64(0))
                 )
                 for tile in weight.formats(
-                    row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE
+                    self.instructions, row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE
                 ):
                     _gather_row(tile, y, i)
 
@@ -169,7 +181,7 @@ class MatmulKernel:
         """
 
         def gemv(t: Expr) -> None:
-            for tile in weight.formats(t, count):
+            for tile in weight.formats(self.instructions, t, count):
                 block(tile, t, T.int64(0), 1)
 
         with T.If(m == 1):
@@ -186,35 +198,44 @@ class MatmulKernel:
                 first = hold(chunk * _CHUNK)
                 length = hold(T.min(m - first, T.int64(_CHUNK)))
                 with T.parallel(0, weight.tiles) as t:
-                    for tile in weight.formats(t, count):
+                    for tile in weight.formats(self.instructions, t, count):
                         done: Expr = T.int64(0)
                         for rows in sizes:
                             with T.serial(0, (length - done) // rows) as i:
                                 block(tile, t, first + done + i * rows, rows)
                             done = length // rows * rows
 
-    def _int8_block(self, tile: "_Tile", codes: Any, y: Any, t: Expr, row: Expr, rows: int) -> None:
+    def _quantized_block(
+        self, tile: "_Tile", codes: Any, digits: int, y: Any, t: Expr, row: Expr, rows: int
+    ) -> None:
         sums = [_Register("float32x16", 0) for _ in range(rows)]
         with tile.groups() as group:
 
-            def word(r: int, at: int | Expr) -> Expr:
-                """4 bytes of row ``r``'s record."""
-                start = group.index * RECORD + at
-                return T.reinterpret("int32", load(codes, row + r, start, lanes=4))
+            def at_record(r: int) -> tuple[Expr, Expr]:
+                """Where the record of the ``r``-th pair of a row and a digit starts."""
+                run = r % digits * (codes.shape[1] // digits)
+                return row + r // digits, run + group.index * RECORD
+
+            def word(r: int, at: int | Expr, count: int = 1) -> Expr:
+                """Words of 4 bytes of the ``r``-th record, from the byte ``at``."""
+                i, start = at_record(r)
+                dtype = "int32" if count == 1 else f"int32x{count}"
+                return T.reinterpret(dtype, load(codes, i, start + at, lanes=4 * count))
 
             zeros, scales = hold(group.zeros()), hold(group.scales())
 
             def offset(r: int) -> Expr:
-                """What zero-points add to row ``r``'s dot product."""
+                """What zero-points add to the ``r``-th dot product."""
+                i, start = at_record(r)
                 # The sum fits its low half, and LLVM multiplies 16 bits faster than 32.
-                low = load(codes, row + r, group.index * RECORD + GROUP + 4, lanes=2)
+                low = load(codes, i, start + GROUP + 4, lanes=2)
                 return zeros * T.cast(T.int16(0) - T.reinterpret("int16", low), "int32")
 
-            dots = _DOTS[self.instructions](group, rows, word, offset)
-            for r in range(rows):
+            dots = _DOTS[self.instructions](group, rows * digits, word, offset)
+            for r, dot in enumerate(dots):
                 scale = T.reinterpret("float32", word(r, GROUP))
-                scaled = T.cast(dots[r], "float32x16") * scale
-                sums[r].set(sums[r].get() + scaled * scales)
+                total = sums[r // digits]
+                total.set(total.get() + T.cast(dot, "float32x16") * scale * scales)
         _store_block(tile, y, t, row, sums)
 
 
@@ -277,13 +298,15 @@ def _store_block(tile: "_Tile", y: Any, t: Expr, row: Expr, sums: list["_Registe
                 store(y, load(out, r, i, lanes=1), row + r, t * ROW_TILE + i)
 
 
-def _quantize_group(halves: list[Expr], codes: Any, row: Expr, start: Expr) -> None:
+def _quantize_group(
+    halves: list[Expr], fmt: ActivationFormat, codes: Any, row: Expr, start: Expr
+) -> None:
     halves = [hold(half) for half in halves]
     # The bits of magnitudes order like integers, NaN on top: it ends in the scale, is not hidden.
     bits = [T.reinterpret("int32x16", half) & 0x7FFFFFFF for half in halves]
     biggest = hold(T.reinterpret("float32", _reduce("smax", T.max(*bits))))
     small = biggest < T.float32(_TINY)
-    scale = hold(T.Select(small, T.float32(0), biggest / T.float32(127)))
+    scale = hold(T.Select(small, T.float32(0), biggest / T.float32(fmt.top)))
     # A division, as QuantizeLinear does it: times the inverse, exact halves round the other way.
     divisor = hold(T.Select(small, T.float32(1), scale))
     offset = T.reinterpret("int32", T.float32(_ROUND))
@@ -291,11 +314,17 @@ def _quantize_group(halves: list[Expr], codes: Any, row: Expr, start: Expr) -> N
         hold(T.reinterpret("int32x16", half / divisor + T.float32(_ROUND)) - offset)
         for half in halves
     ]
-    for i, values in enumerate(quantized):
-        store(codes, T.cast(values, "int8x16"), row, start + i * ROW_TILE)
-    total = _reduce("add", quantized[0] + quantized[1])
-    for i, word in enumerate((scale, total)):
-        store(codes, T.reinterpret("int8x4", word), row, start + GROUP + 4 * i)
+    for digit in reversed(range(fmt.digits)):
+        # A digit is what is left, over its weight; half of the weight rounds to nearest.
+        shift, half = 8 * digit, 1 << 8 * digit >> 1
+        values = [hold(rest + half >> shift) for rest in quantized]
+        quantized = [hold(r - (v << shift)) for r, v in zip(quantized, values, strict=True)]
+        for i, value in enumerate(values):
+            store(codes, T.cast(value, "int8x16"), row, start + i * ROW_TILE)
+        total = _reduce("add", values[0] + values[1])
+        for i, word in enumerate((scale * T.float32(1 << shift), total)):
+            store(codes, T.reinterpret("int8x4", word), row, start + GROUP + 4 * i)
+        start = start + codes.shape[1] // fmt.digits
 
 
 def _reduce(operation: str, vector: Expr) -> Expr:
@@ -305,8 +334,12 @@ def _reduce(operation: str, vector: Expr) -> Expr:
 _Block = Callable[["_Tile", Expr, Expr, int], None]
 """Emits a tile's product with some activation rows: tile, its index, first row, rows."""
 
-_Word = Callable[[int, int | Expr], Expr]
-"""Reads the word at a byte of an activation row's record, as int32."""
+
+class _Word(Protocol):
+    """Reads words from a byte of an activation row's record on, as int32."""
+
+    def __call__(self, r: int, at: int | Expr, count: int = 1) -> Expr: ...
+
 
 _Offset = Callable[[int], Expr]
 """What the zero-points of a group add to the dot product with an activation row."""
@@ -333,8 +366,8 @@ def _dots_avx2(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list
     even one pair does: high and low nibbles are summed apart, and widening weighs them.
     """
     fmt = group.tile.fmt
-    nibbles = [(0, 1), (4, 16)] if fmt.bits == 8 else [(0, 1)]
-    top = 15 if fmt.bits == 8 else fmt.levels - 1 << group.tile.shift
+    nibbles = [(0, 1), (4, 16)] if fmt.value_bits == 8 else [(0, 1)]
+    top = 15 if fmt.value_bits == 8 else fmt.top << group.tile.shift
     step = min(QUADS, 32767 // (2 * 127 * top))
     dots = [_Register("int32x16") for _ in range(rows)]
     for first in range(0, QUADS, step):
@@ -342,7 +375,7 @@ def _dots_avx2(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list
         for quad in range(first, first + step):
             codes = hold(group.quad(quad))
             parts = [codes]
-            if fmt.bits == 8:
+            if fmt.value_bits == 8:
                 parts = [hold(codes >> _u32(shift) & _u32(0x0F0F0F0F)) for shift, _ in nibbles]
             for r, by_nibble in enumerate(sums):
                 x = T.reinterpret("int8x64", T.broadcast(word(r, 4 * quad), ROW_TILE))
@@ -362,14 +395,14 @@ def _dots_avx2(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list
     return [dot.get() for dot in dots]
 
 
-def _by_halves(name: str, dtype: str, *operands: Expr) -> Expr:
-    """An AVX2 operation on operands of 64 bytes, as two on 32."""
+def _by_halves(name: str, dtype: str, *operands: Expr, shrink: int = 2) -> Expr:
+    """An AVX2 operation on operands of 64 bytes, as two on 32; lanes become fewer by ``shrink``."""
 
     def half(vector: Expr, index: int) -> Expr:
         lanes = vector.ty.dtype.lanes // 2
         return T.Shuffle([vector], list(range(index * lanes, (index + 1) * lanes)))
 
-    lanes = operands[0].ty.dtype.lanes // 4
+    lanes = operands[0].ty.dtype.lanes // (2 * shrink)
     results = [
         T.call_llvm_pure_intrin(
             f"{dtype}x{lanes}", f"llvm.x86.avx2.{name}", *(half(o, index) for o in operands)
@@ -377,6 +410,136 @@ def _by_halves(name: str, dtype: str, *operands: Expr) -> Expr:
         for index in (0, 1)
     ]
     return T.Shuffle(results, list(range(2 * lanes)))
+
+
+def _dots_avxvnni(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    dots = [_Register("int32x16") for _ in range(rows)]
+    for r, dot in enumerate(dots):
+        dot.set(offset(r))
+    for quad in range(QUADS):
+        codes = T.reinterpret("uint8x64", hold(group.quad(quad)))
+        for r, dot in enumerate(dots):
+            x = T.reinterpret("int8x32", T.broadcast(word(r, 4 * quad), ROW_TILE // 2))
+            parts = zip(_parts(dot.get(), 2), _parts(codes, 2), strict=True)
+            dot.set(_join([_call("x86.avx512.vpdpbusd.256", "int32x8", *p, x) for p in parts]))
+    return [dot.get() for dot in dots]
+
+
+def _dots_dotprod(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    """Signed products, each with one of the 4 quads of activations that a register holds."""
+    dots = [_Register("int32x16") for _ in range(rows)]
+    for r, dot in enumerate(dots):
+        dot.set(_signed_offset(group, word, offset, r))
+    for half in range(0, QUADS, 4):
+        x = [hold(word(r, 4 * half, 4)) for r in range(rows)]
+        for i in range(4):
+            codes = T.reinterpret("int8x64", hold(_signed_quad(group, half + i)))
+            for dot, words in zip(dots, x, strict=True):
+                dot.set(_by_quarters("sdot", dot.get(), codes, words, i))
+    return [dot.get() for dot in dots]
+
+
+def _dots_i8mm(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    """Two activation rows at once: products of 2 x 8 codes with 8 x 2 activations."""
+    dots = [_Register("int32x16") for _ in range(rows)]
+    if rows == 1:
+        dots[0].set(offset(0))
+        for half in range(0, QUADS, 4):
+            x = hold(word(0, 4 * half, 4))
+            for i in range(4):
+                codes = T.reinterpret("int8x64", hold(group.quad(half + i, _unpack_bytes)))
+                dots[0].set(_by_quarters("usdot", dots[0].get(), codes, x, i))
+        return [dots[0].get()]
+    pairs = [_Register("int32x32", 0) for _ in range(rows // 2)]
+    for half in range(0, QUADS, 4):
+        x = [hold(word(r, 4 * half, 4)) for r in range(rows)]
+        for i in (0, 2):
+            quads = (group.quad(half + i + j, _unpack_bytes) for j in (0, 1))
+            left, right = (_parts(hold(quad), 4) for quad in quads)
+            # A register of each has 4 rows of 4 codes; these have 2 rows of 8.
+            codes = [
+                T.reinterpret(
+                    "int8x16", hold(T.Shuffle([a, b], [first, first + 4, first + 1, first + 5]))
+                )
+                for a, b in zip(left, right, strict=True)
+                for first in (0, 2)
+            ]
+            for p, pair in enumerate(pairs):
+                both = T.Shuffle(x[2 * p : 2 * p + 2], [i, i + 1, i + 4, i + 5])
+                both = T.reinterpret("int8x16", hold(both))
+                sums = zip(_parts(pair.get(), 8), codes, strict=True)
+                pair.set(_join([_call("aarch64.neon.usmmla", "int32x4", *s, both) for s in sums]))
+    for p, pair in enumerate(pairs):
+        for r in (0, 1):
+            dot = T.Shuffle([pair.get()], list(range(r, 2 * ROW_TILE, 2)))
+            dots[2 * p + r].set(dot + offset(2 * p + r))
+    return [dot.get() for dot in dots]
+
+
+def _dots_neon(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    """Sums products of several quads in int16, then pairs of those in int32.
+
+    Activations run from -128, as low digits do. Codes up to 31 let all 8 quads of a group fit, as
+    ``8 * 128 * 31 = 31744``; at 6 bits 4 quads do, and at 8 bits, where codes run from -128, one.
+    """
+    fmt = group.tile.fmt
+    top = 128 if fmt.value_bits == 8 else fmt.top << group.tile.shift
+    step = min(QUADS, 32767 // (128 * top))
+    pairs = [_Register("int32x32", 0) for _ in range(rows)]
+    for first in range(0, QUADS, step):
+        sums = [_Register("int16x64") for _ in range(rows)]
+        for quad in range(first, first + step):
+            codes = T.reinterpret("int8x64", hold(_signed_quad(group, quad)))
+            for r, total in enumerate(sums):
+                x = T.reinterpret("int8x8", T.broadcast(word(r, 4 * quad), 2))
+                products = [_call("aarch64.neon.smull", "int16x8", c, x) for c in _parts(codes, 8)]
+                product = _join(products)
+                total.set(total.get() + product if quad > first else product)
+        for pair, total in zip(pairs, sums, strict=True):
+            added = [_call("aarch64.neon.saddlp", "int32x4", s) for s in _parts(total.get(), 8)]
+            pair.set(pair.get() + _join(added))
+    even, odd = (list(range(i, 2 * ROW_TILE, 2)) for i in (0, 1))
+    return [
+        T.Shuffle([pair.get()], even)
+        + T.Shuffle([pair.get()], odd)
+        + _signed_offset(group, word, offset, r)
+        for r, pair in enumerate(pairs)
+    ]
+
+
+def _by_quarters(name: str, sums: Expr, codes: Expr, words: Expr, i: int) -> Expr:
+    """Sums plus NEON's dot products of codes with a word of activations."""
+    x = T.reinterpret("int8x16", T.Shuffle([words], [i] * 4))
+    parts = zip(_parts(sums, 4), _parts(codes, 4), strict=True)
+    return _join([_call(f"aarch64.neon.{name}", "int32x4", *p, x) for p in parts])
+
+
+def _signed_quad(group: "_Group", quad: int) -> Expr:
+    """A quad's codes as int8: all but those of 8 bits are, and these are less 128."""
+    flip = 0x80 if group.tile.fmt.value_bits == 8 else 0
+    return group.quad(quad, _unpack_bytes, flip)
+
+
+def _signed_offset(group: "_Group", word: _Word, offset: _Offset, r: int) -> Expr:
+    """The offset of row ``r`` for the codes of ``_signed_quad``: 128 times the sum comes back."""
+    if group.tile.fmt.value_bits < 8:
+        return offset(r)
+    return offset(r) + T.broadcast(word(r, GROUP + 4) << 7, ROW_TILE)
+
+
+def _parts(vector: Expr, count: int) -> list[Expr]:
+    """A vector cut in vectors."""
+    lanes = vector.ty.dtype.lanes // count
+    return [T.Shuffle([vector], list(range(i * lanes, (i + 1) * lanes))) for i in range(count)]
+
+
+def _join(parts: list[Expr]) -> Expr:
+    """Vectors in a row as one."""
+    return T.Shuffle(parts, list(range(sum(p.ty.dtype.lanes for p in parts))))
+
+
+def _call(name: str, dtype: str, *operands: Expr) -> Expr:
+    return T.call_llvm_pure_intrin(dtype, f"llvm.{name}", *operands)
 
 
 def _dots_generic(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
@@ -394,21 +557,25 @@ def _dots_generic(group: "_Group", rows: int, word: _Word, offset: _Offset) -> l
 
 _DOTS: Final[dict[str, Callable[["_Group", int, _Word, _Offset], list[Expr]]]] = {
     "avx512vnni": _dots_vnni,
+    "avxvnni": _dots_avxvnni,
     "avx2": _dots_avx2,
+    "i8mm": _dots_i8mm,
+    "dotprod": _dots_dotprod,
+    "neon": _dots_neon,
     "generic": _dots_generic,
 }
 """Dot products of a group's codes with those of some activation rows, plus the rows' offsets."""
 
 
 class _Register:
-    """A vector that keeps its value across statements; starts undefined, or as a float."""
+    """A vector that keeps its value across statements; starts undefined, or as a number."""
 
     def __init__(self, dtype: str, value: float | None = None) -> None:
         element, _, lanes = dtype.partition("x")
         self._lanes = int(lanes)
         self._buffer = scratch(self._lanes, dtype=element)
         if value is not None:
-            self.set(T.broadcast(T.float32(value), self._lanes))
+            self.set(T.broadcast(tirx.const(value, element), self._lanes))
 
     def get(self) -> Expr:
         return load(self._buffer, 0, lanes=self._lanes)
@@ -428,7 +595,7 @@ class _Weight:
     def declare(cls) -> "_Weight":
         """Declares them as the next parameters."""
         size, tiles = symbol("size"), symbol("tiles")
-        return cls(param("W", (size,), "uint8"), param("table", (tiles, 2), "int32"))
+        return cls(param("W", (size,), "uint8"), param("table", (tiles, 3), "int32"))
 
     @property
     def tiles(self) -> Expr:
@@ -453,13 +620,17 @@ class _Weight:
             store(t, now + 1, 0)
         return hold(now)
 
-    def formats(self, t: Expr, count: Expr, row: Expr | None = None) -> Iterator["_Tile"]:
-        """Tile ``t`` of ``count`` groups once for every format, each time inside its branch."""
-        bits = hold(load(self.table, t, 0, lanes=1))
-        base = hold(T.cast(load(self.table, t, 1, lanes=1), "int64") * VECTOR)
-        for fmt in FORMATS.values():
-            with _when(bits == fmt.bits):
-                yield _Tile(self.data, base, count, fmt, row)
+    def formats(
+        self, instructions: Instructions, t: Expr, count: Expr, row: Expr | None = None
+    ) -> Iterator["_Tile"]:
+        """Tile ``t`` of ``count`` groups once for every layout, each time inside its branch."""
+        layout = hold(load(self.table, t, 0, lanes=1))
+        base, entries = (
+            hold(T.cast(load(self.table, t, i, lanes=1), "int64") * VECTOR) for i in (1, 2)
+        )
+        for fmt in {fmt.layout: fmt for fmt in FORMATS.values()}.values():
+            with _when(layout == fmt.layout):
+                yield _Tile(self.data, base, count, fmt, row, _Codebook(instructions, entries))
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,6 +642,7 @@ class _Tile:
     count: Expr
     fmt: Format
     row: Expr | None
+    codebook: "_Codebook"
 
     @contextmanager
     def groups(self) -> Iterator["_Group"]:
@@ -503,13 +675,72 @@ class _Tile:
     @property
     def shift(self) -> int:
         """The bits that codes are shifted left by to make zero-points whole."""
-        return max(0, ZERO_BITS - self.fmt.bits)
+        return max(0, ZERO_BITS - self.fmt.value_bits)
 
     def lanes(self, start: Expr, dtype: str, size: int) -> Expr:
         """One value of ``size`` bytes a lane, of 16 values that start at ``start``."""
         if self.row is None:
             return T.reinterpret(f"{dtype}x16", load(self.data, start, lanes=ROW_TILE * size))
         return T.reinterpret(dtype, load(self.data, start + self.row * size, lanes=size))
+
+
+@dataclass(frozen=True, slots=True)
+class _Codebook:
+    """How the codes of a non-uniform format become the entries at ``start``."""
+
+    instructions: Instructions
+    start: Expr
+
+    def entries(self, tile: _Tile, codes: Expr, flip: int = 0) -> Expr:
+        """What 4 codes a lane, a byte each, look up, with the bits ``flip`` inverted."""
+        lookup = _LOOKUPS[self.instructions] if tile.row is None else _lookup_generic
+        return lookup(tile.data, self.start, codes, flip)
+
+
+def _entries(data: Any, start: Expr, lanes: int, flip: int) -> Expr:
+    return hold(load(data, start, lanes=lanes) ^ T.uint8(flip))
+
+
+def _lookup_vnni(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    entries = _entries(data, start, VECTOR, flip)
+    index = T.reinterpret("uint8x64", codes)
+    found = T.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.pshuf.b.512", entries, index)
+    return T.reinterpret("uint32x16", found)
+
+
+def _lookup_avx2(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    entries = _entries(data, start, VECTOR, flip)
+    found = _by_halves("pshuf.b", "uint8", entries, T.reinterpret("uint8x64", codes), shrink=1)
+    return T.reinterpret("uint32x16", found)
+
+
+def _lookup_neon(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    entries = _entries(data, start, VECTOR // 4, flip)
+    parts = _parts(T.reinterpret("uint8x64", codes), 4)
+    found = [_call("aarch64.neon.tbl1", "uint8x16", entries, part) for part in parts]
+    return T.reinterpret("uint32x16", _join(found))
+
+
+def _lookup_generic(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    """Reads an entry for every byte."""
+    found = None
+    for i in range(4):
+        index = start + _cast(codes >> _u32(8 * i) & _u32(255), "int64")
+        entry = (_cast(data[index], "uint32") ^ _u32(flip)) << _u32(8 * i)
+        found = entry if found is None else found | entry
+    return found
+
+
+_LOOKUPS: Final[dict[str, Callable[[Any, Expr, Expr, int], Expr]]] = {
+    "avx512vnni": _lookup_vnni,
+    "avxvnni": _lookup_avx2,
+    "avx2": _lookup_avx2,
+    "i8mm": _lookup_neon,
+    "dotprod": _lookup_neon,
+    "neon": _lookup_neon,
+    "generic": _lookup_generic,
+}
+"""Byte shuffles: from the data, where the entries start, codes, and bits to flip to entries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -527,19 +758,23 @@ class _Group:
         start = hold(self.index * GROUP)
         return start, hold(T.min(k - start, T.int64(GROUP)))
 
-    def quad(self, quad: int | Expr) -> Expr:
-        """The codes of 4 columns, a byte each, in units that make zero-points whole."""
+    def quad(self, quad: int | Expr, unpack: "_Unpack | None" = None, flip: int = 0) -> Expr:
+        """The codes of 4 columns, a byte each, in units that make zero-points whole.
+
+        With the bits ``flip`` of every code inverted, which costs nothing in a codebook.
+        """
         codes, low = None, 0
         for width in self.tile.fmt.planes:
             vector = low + quad * width // 8
             words = self.tile.lanes(self.at_codes + vector * VECTOR, "uint32", 4)
             if width < 8:
-                words = words >> _u32(quad % (8 // width) * width)
-                words = words & _u32(0x01010101 * ((1 << width) - 1))
-                words = words << _u32(low + self.tile.shift)
+                at, to = quad % (8 // width) * width, low + self.tile.shift
+                words = (unpack or _unpack_words)(words, at, width, to)
             codes = words if codes is None else codes | words
             low += width
-        return codes
+        if self.tile.fmt.codebook:
+            return self.tile.codebook.entries(self.tile, codes, flip)
+        return codes ^ _u32(0x01010101 * flip) if flip else codes
 
     def scales(self) -> Expr:
         """The scales as float32."""
@@ -553,7 +788,7 @@ class _Group:
             words = words >> T.cast(T.ramp(0, 1, ROW_TILE) // 2 * 4, "uint32x16")
         else:
             words = T.cast(both >> T.cast(row % 2 * 32 + row // 2 * 4, "uint64"), "uint32")
-        shift = max(0, self.tile.fmt.bits - ZERO_BITS)
+        shift = max(0, self.tile.fmt.value_bits - ZERO_BITS)
         return _cast((words & _u32(15)) << _u32(shift), "int32")
 
     def float_zeros(self) -> Expr:
@@ -566,6 +801,20 @@ class _Group:
         Written into the fraction of 2**23, a code becomes a float without a conversion.
         """
         return _reinterpret(codes & _u32(255) | _u32(0x4B000000), "float32") - float_zeros
+
+
+_Unpack = Callable[[Expr, Any, int, int], Expr]
+"""Takes ``width`` bits of every byte of words from a bit on, and moves them to another bit."""
+
+
+def _unpack_words(words: Expr, at: int | Expr, width: int, to: int) -> Expr:
+    return (words >> _u32(at) & _u32(0x01010101 * ((1 << width) - 1))) << _u32(to)
+
+
+def _unpack_bytes(words: Expr, at: int, width: int, to: int) -> Expr:
+    """Where bytes can be shifted: what a shift drops needs no mask."""
+    codes = T.reinterpret("uint8x64", words) >> T.uint8(at) & T.uint8((1 << width) - 1)
+    return T.reinterpret("uint32x16", codes << T.uint8(to))
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def test_a_first_word_that_is_no_verb_is_a_model(
     assert "bits per weight" in out and "int4 60.0 %" in out and "time      solve" in out
     (job,) = compiler
     assert (job.model, job.budgets, job.output) == (model, ("3bit", "1MB"), Path("x.mxc"))
-    assert (job.force, job.target, job.activations, job.kv_dtype) == (True, "x86", "int8", "fp16")
+    assert (job.force, job.target, job.activations, job.kv_dtype) == (True, "x86", "auto", "fp16")
     run("--target", "arm", model)
     assert (compiler[1].target, compiler[1].budgets) == ("arm", ("4.2bit",))
     assert compiler[1].output == Path("toy.mxc")
