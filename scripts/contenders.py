@@ -20,6 +20,9 @@ from mxcompile.plan import PrecisionPlan
 
 MIXED, UNIFORM = "mxcompile", "uniform"
 
+ALIKE = 0.005
+"""Sizes that differ by less are alike: formats of as many bits, but for their codebooks."""
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -78,12 +81,13 @@ class Workshop:
 
 
 def neighbours(sizes: dict[str, int], targets: Iterable[int]) -> list[str]:
-    """The names of the sizes that are next to a target, on both sides; of equals all."""
+    """The names of the sizes that are next to a target, on both sides; of all but equals, all."""
     found = set()
     for target in targets:
         below = max((s for s in sizes.values() if s <= target), default=None)
         above = min((s for s in sizes.values() if s > target), default=None)
-        found |= {name for name, size in sizes.items() if size in (below, above)}
+        near = [s for s in (below, above) if s is not None]
+        found |= {n for n, s in sizes.items() if any(abs(s - o) <= o * ALIKE for o in near)}
     return [name for name in sizes if name in found]
 
 
