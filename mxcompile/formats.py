@@ -1,13 +1,21 @@
-"""Weight number formats: one row a format.
+"""Number formats of weights and of activations: one row a format.
 
-All are asymmetric integers in groups of 32 columns. A group has an 8-bit scale and a 4-bit
-zero-point under one fp16 scale a row, so that the overhead is 12/32 bits a weight and groups of
-32 stay affordable at a budget of 4.2 bits. For a row ``r``, a column ``k`` of group ``g``::
+Weight formats are asymmetric, in groups of 32 columns. A group has an 8-bit scale and a
+4-bit zero-point under one fp16 scale a row, so that the overhead is 12/32 bits a weight and groups
+of 32 stay affordable at a budget of 4.2 bits. For a row ``r``, a column ``k`` of group ``g``::
 
     w[r, k] = row_scale[r] * scale[r, g] * (code[r, k] - zero[r, g] * 2**(bits - 4))
 
 The zero-point counts in sixteenths of the code range: whole codes at 4 bits, quarters of a code
 at 2 bits (where an integer zero-point would be too coarse), 16 codes at 8 bits.
+
+A non-uniform format stores 3 or 4 bits that look up an 8-bit code in a codebook of 8 or 16 entries,
+which a byte shuffle does in a register; from there on it is an 8-bit format. The codebook is fixed,
+or learned for each weight (SqueezeLLM, arXiv 2306.07629).
+
+Activations are symmetric integers in the same groups, each with a float32 scale that is found at
+run time. A kernel takes a 16-bit code as two digits of 8, ``256 * high + low``, so that one
+instruction serves both: twice the multiplications, and no more bytes of weights.
 """
 
 from collections.abc import Mapping
@@ -24,32 +32,109 @@ SCALE_BITS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """An integer weight format of ``bits`` bits a code; ``name`` is its text form."""
+    """A weight format; ``name`` is its text form.
+
+    Attributes:
+        name: Its text form.
+        bits: What a stored code takes.
+        codebook: For non-uniform formats the 8-bit codes that stored codes stand for, rising; where
+            ``learned``, those that learning starts from.
+        learned: Whether every weight has a codebook of its own.
+    """
 
     name: str
     bits: int
+    codebook: tuple[int, ...] = ()
+    learned: bool = False
 
     @property
     def levels(self) -> int:
-        """The number of codes; codes run from 0 to ``levels - 1``."""
+        """The number of stored codes."""
         return 1 << self.bits
+
+    @property
+    def value_bits(self) -> int:
+        """The width of what is multiplied: of codes, or of the entries that they look up."""
+        return 8 if self.codebook else self.bits
+
+    @property
+    def top(self) -> int:
+        """The largest number that is multiplied."""
+        return (1 << self.value_bits) - 1
 
     @property
     def zero_step(self) -> float:
         """How many codes one step of a zero-point is worth."""
-        return 2.0 ** (self.bits - ZERO_BITS)
+        return 2.0 ** (self.value_bits - ZERO_BITS)
 
     @property
     def planes(self) -> tuple[int, ...]:
         """The widths of the bit planes that a code is stored in, low bits first."""
         return (8,) if self.bits == 8 else tuple(w for w in (4, 2, 1) if self.bits & w)
 
+    @property
+    def layout(self) -> int:
+        """How kernels tell formats apart: the bits, and 16 for codes that are looked up."""
+        return self.bits + (16 if self.codebook else 0)
+
+    @property
+    def description(self) -> str:
+        """What it is, in a line."""
+        codebook = f" that look up {self.levels} entries" if self.codebook else ""
+        learned = ", learned for each weight" if self.learned else ""
+        return f"{self.bits} bits a code{codebook}{learned}, groups of {GROUP}"
+
     def __str__(self) -> str:
         return self.name
 
 
+_NF4: Final = (
+    -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
+)  # fmt: skip
+"""NormalFloat of QLoRA (arXiv 2305.14314): quantiles of a normal distribution, with a zero."""
+
+_NORMAL3: Final = (2, 52, 86, 114, 141, 170, 203, 253)
+_NORMAL4: Final = (4, 35, 57, 75, 89, 101, 112, 122, 133, 144, 155, 168, 182, 198, 220, 251)
+"""Where learned codebooks start: what is learned from normal weights in groups of 32."""
+
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
-    {f"int{bits}": Format(f"int{bits}", bits) for bits in (2, 3, 4, 5, 6, 8)}
+    {
+        fmt.name: fmt
+        for fmt in (
+            Format("int2", 2),
+            Format("int3", 3),
+            Format("table3", 3, _NORMAL3, learned=True),
+            Format("int4", 4),
+            Format("nf4", 4, tuple(round(128 + 127 * v) for v in _NF4)),
+            Format("table4", 4, _NORMAL4, learned=True),
+            Format("int5", 5),
+            Format("int6", 6),
+            Format("int8", 8),
+        )
+    }
+)
+"""From narrow to wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationFormat:
+    """A symmetric integer format of ``digits`` signed digits to the base of 256."""
+
+    name: str
+    digits: int
+
+    @property
+    def top(self) -> int:
+        """The largest code: its high digit is 127, so that it has a negative of its own size."""
+        return 127 << 8 * (self.digits - 1)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ACTIVATION_FORMATS: Final[Mapping[str, ActivationFormat]] = MappingProxyType(
+    {f.name: f for f in (ActivationFormat("int8", 1), ActivationFormat("int16", 2))}
 )
 
 

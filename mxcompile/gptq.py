@@ -3,7 +3,7 @@
 Rounding a weight to nearest leaves errors that meet correlated inputs and add up. GPTQ (arXiv
 2210.17323) rounds one column after the other and moves what was lost onto the columns that are
 still to come, where it does least harm under ``H = E[x x^T]``. Columns go by falling ``H_kk``
-("act-order"); the grid of scales, zero-points and tables stays what the clip search found ("static
+("act-order"); the grid of scales, zero-points and codebooks stays what the search found ("static
 groups"), so that the groups keep their place and the format its bytes.
 """
 
@@ -17,7 +17,13 @@ from torch import Tensor
 
 from mxcompile.formats import GROUP, Format
 from mxcompile.plan import TileFormats
-from mxcompile.quantize import Quantized, quantize_tiles, rows_by_format
+from mxcompile.quantize import (
+    Quantized,
+    codebook_of,
+    nearest,
+    quantize_tiles,
+    rows_by_format,
+)
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -102,15 +108,16 @@ def refine(weight: Array, quantized: Quantized, fmt: Format, feedback: Feedback)
 
     Args:
         weight: The float weights.
-        quantized: Their grid; its codes are not read.
+        quantized: Their grid; of its codes only which entries of a codebook there are.
         fmt: The format of all rows.
         feedback: How the columns' errors are handed on.
     """
     codes = np.empty_like(quantized.codes)
+    entries = nearest(codebook_of(quantized.codes)) if fmt.codebook else None
 
     def work(start: int) -> None:
         part = slice(start, start + ROWS)
-        grid = _Grid.of(quantized, fmt, part)
+        grid = _Grid.of(quantized, fmt, part, entries)
         codes[part] = _round(torch.from_numpy(weight[part].astype(np.float32)), grid, feedback)
 
     # One torch thread a worker: the blocks are too small to be worth splitting again.
@@ -130,14 +137,20 @@ class _Grid:
     inverse: Tensor
     zero: Tensor
     top: int
+    nearest: Tensor | None
 
     @classmethod
-    def of(cls, quantized: Quantized, fmt: Format, rows: slice) -> Self:
+    def of(cls, quantized: Quantized, fmt: Format, rows: slice, nearest: Tensor | None) -> Self:
         unit = torch.from_numpy(quantized.row_scale[rows].astype(np.float32))
         step = torch.from_numpy(quantized.scales[rows].astype(np.float32)).T * unit
         inverse = torch.where(step > 0, 1 / step, 0)
         zero = torch.from_numpy(quantized.zeros[rows].astype(np.float32)).T * fmt.zero_step
-        return cls(step.contiguous(), inverse.contiguous(), zero.contiguous(), fmt.levels - 1)
+        return cls(step.contiguous(), inverse.contiguous(), zero.contiguous(), fmt.top, nearest)
+
+    def round(self, exact: Tensor) -> Tensor:
+        """The nearest codes to numbers in units of codes."""
+        code = exact.round().clamp_(0, self.top)
+        return code if self.nearest is None else self.nearest[code.to(torch.int32)]
 
 
 def _round(weight: Tensor, grid: _Grid, feedback: Feedback) -> Array:
@@ -154,7 +167,7 @@ def _round(weight: Tensor, grid: _Grid, feedback: Feedback) -> Array:
         for i, column in enumerate(block):
             g = groups[start + i]
             exact = torch.addcmul(grid.zero[g], column, grid.inverse[g])
-            code = exact.round().clamp_(0, grid.top)
+            code = grid.round(exact)
             codes[start + i] = code
             error = torch.sub(column, code.sub_(grid.zero[g]).mul_(grid.step[g]), out=errors[i])
             if i + 1 < len(block):

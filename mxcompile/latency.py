@@ -10,7 +10,7 @@ of all kernels add the same to every plan: a number of calls, each at what a sma
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mxcompile.formats import FORMATS, Format
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
 from mxcompile.records import Case, Records
+from mxcompile.target import Target
 
 NANO: Final = 1e-9
 
@@ -33,6 +34,7 @@ class Latency:
         source: Where the figures come from, for people.
         timed: Seconds a byte by unit and format, where records say it.
         fixed_seconds: Of a step, whatever the plan.
+        products: Seconds that the products of a step take at the least; reading hides them.
     """
 
     seconds_per_byte: float
@@ -40,6 +42,19 @@ class Latency:
     source: str = ""
     timed: Mapping[tuple[str, str], float] = field(default_factory=dict)
     fixed_seconds: float = 0.0
+    products: float = 0.0
+
+    @classmethod
+    def described(cls, where: Target, macs: int, reads: Mapping[str, int]) -> Self:
+        """Take what a target's description says, for a step of ``macs`` products."""
+        speed = where.speed
+        return cls(
+            1 / speed.bytes_per_second,
+            reads,
+            f"a roofline at {speed.bytes_per_second * NANO:.4g} GB/s, as target {where.name} says",
+            fixed_seconds=speed.step_seconds,
+            products=macs / speed.macs_per_second,
+        )
 
     def nanoseconds(
         self, unit: Unit, formats: Sequence[Format], sizes: NDArray[Any]
@@ -55,13 +70,15 @@ class Latency:
 
     def limit(self, tokens_per_second: float, fixed_bytes: int = 0) -> int:
         """The nanoseconds that tiles may take in all at a rate."""
-        fixed = self.fixed_seconds + fixed_bytes * self.seconds_per_byte
-        return int((1 / tokens_per_second - fixed) / NANO)
+        left = 1 / tokens_per_second - self.fixed_seconds
+        return (
+            int((left - fixed_bytes * self.seconds_per_byte) / NANO) if left >= self.products else 0
+        )
 
     def rate(self, nanoseconds: int, fixed_bytes: int = 0) -> float:
         """Tokens a second when tiles take so many nanoseconds in all."""
-        fixed = self.fixed_seconds + fixed_bytes * self.seconds_per_byte
-        return 1 / (max(nanoseconds, 1) * NANO + fixed)
+        streamed = max(nanoseconds, 1) * NANO + fixed_bytes * self.seconds_per_byte
+        return 1 / (max(streamed, self.products) + self.fixed_seconds)
 
 
 def predict(

@@ -6,7 +6,7 @@ kernel templates, everything else Relax operators that TVM fuses and our schedul
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,11 +15,13 @@ import onnx_ir as ir
 import tvm
 from tvm import relax, s_tir
 
-from mxcompile import graph, qdq
+from mxcompile import graph, linker, qdq
 from mxcompile.artifact import TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
+from mxcompile.formats import ActivationFormat
 from mxcompile.knobs import Choice
 from mxcompile.passes.kv_cache import NO_WINDOW
+from mxcompile.passes.quantize_activations import activation_format
 from mxcompile.pipeline import Context
 from mxcompile.relax_ops import (
     OPERATORS,
@@ -33,7 +35,11 @@ from mxcompile.relax_ops import (
     shape_of,
 )
 from mxcompile.target import Target
-from mxcompile.targets import cpu_attention, cpu_matmul, cpu_norm, cpu_schedule, packing
+from mxcompile.targets import cpu_attention, cpu_matmul, cpu_norm, packing
+from mxcompile.targets import kernels as families
+
+MAX_INLINE: Final = 64
+"""Integers of a tensor that becomes part of the code; more go to the weight file."""
 
 SMALL: Final = 8
 """Constants of up to so many numbers (scales, exponents) go into the code, not the weight file."""
@@ -77,36 +83,22 @@ class _Builder:
     """State of one lowering."""
 
     model: ir.Model
-    target: Target
+    kernels: families.Kernels
     scope: Scope
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     weight_vars: dict[str, Expr] = field(default_factory=dict)
     packed: dict[tuple[str, ...], str] = field(default_factory=dict)
     views: dict[ir.Value, _View] = field(default_factory=dict)
-    kernels: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     choice: Choice = field(default_factory=Choice)
-
-    @property
-    def simd(self) -> cpu_norm.Simd:
-        """The vectors of the target."""
-        return _simd(self.target)
-
-    @property
-    def matmul(self) -> cpu_matmul.MatmulKernel:
-        """The target's matrix product kernels."""
-        return cpu_matmul.MatmulKernel(self.target.instructions)  # type: ignore[arg-type]
-
-    def tuned(self, rows: int, columns: int) -> cpu_matmul.MatmulKernel:
-        """The same with what records say of a weight's shape."""
-        return replace(self.matmul, knobs=self.choice.knobs(rows, columns))
 
     def kernel(self, template: Callable[..., Any], *knobs: Any) -> Any:
         """The function that a kernel template makes of its knobs; made once."""
         key = (template, knobs)
-        if key not in self.kernels:
+        if key not in self.made:
             function = rooted(template(*knobs))
-            self.kernels[key] = self.scope.bb.add_func(function, template.__name__)
-        return self.kernels[key]
+            self.made[key] = self.scope.bb.add_func(function, template.__name__)
+        return self.made[key]
 
     def call(self, kernel: Any, args: Sequence[Expr], shape: Dims, dtype: str = "float32") -> Expr:
         """Call a kernel that writes one new tensor."""
@@ -145,10 +137,6 @@ class _Builder:
         return self.weight_vars[name] if name in self.weight_vars else self.scope.tensor(value)
 
 
-def _simd(target: Target) -> cpu_norm.Simd:
-    return cpu_norm.Simd(lanes=16 if target.instructions == "avx512vnni" else 8)
-
-
 def rooted(function: Any) -> Any:
     """A kernel with a root block, which Relax looks for in every function that it calls."""
     if not isinstance(function.body, s_tir.SBlockRealize):
@@ -168,9 +156,9 @@ def lower(model: ir.Model, ctx: Context, choice: Choice | None = None) -> Lowere
     Raises:
         UnsupportedError: a node has no lowering; the text names it.
     """
-    builder = _Builder(model, ctx.target, Scope(relax.BlockBuilder()), choice=choice or Choice())
+    kernels, scope = families.of(ctx.target), Scope(relax.BlockBuilder())
+    builder = _Builder(model, kernels, scope, choice=choice or Choice())
     _collect_weights(builder)
-    scope = builder.scope
     specs = [_spec(v) for v in model.graph.inputs]
     inputs = [relax.Var(s.name, _type(scope, s)) for s in specs]
     cached = [s.name.startswith(CACHES) for s in specs]
@@ -226,7 +214,7 @@ def _collect_weights(builder: _Builder) -> None:
         for value in node.inputs:
             if value is None or value.const_value is None or value.const_value.size <= SMALL:
                 continue
-            if value.dtype == ir.DataType.FLOAT or value.const_value.size > 64:
+            if value.dtype == ir.DataType.FLOAT or value.const_value.size > MAX_INLINE:
                 builder.weights.setdefault(graph.name(value), graph.array(value))
 
 
@@ -320,24 +308,34 @@ def _weight(builder: _Builder, names: tuple[str, ...]) -> list[Expr]:
     return [builder.weight_vars[f"{label}.packed"], builder.weight_vars[f"{label}.tiles"]]
 
 
-def _product(builder: _Builder, x: Expr, weight: list[Expr], rows: int, quantized: bool) -> Expr:
-    """The matrix product of a float matrix with packed row tiles."""
+def _product(
+    builder: _Builder,
+    x: Expr,
+    weight: list[Expr],
+    rows: int,
+    activation: ActivationFormat | None = None,
+) -> Expr:
+    """The matrix product of a matrix, rounded to a format or as it is, with packed row tiles."""
     count, columns = shape_of(x)
-    if not quantized:
-        return builder.call(builder.kernel(builder.matmul.matmul_f32), [x, *weight], (count, rows))
-    size = cpu_matmul.activation_bytes(int(columns))
-    quantize = builder.kernel(builder.matmul.quantize_activation)
+    if activation is None:
+        return builder.call(
+            builder.kernel(builder.kernels.matmul.matmul_f32), [x, *weight], (count, rows)
+        )
+    size = cpu_matmul.activation_bytes(int(columns), activation)
+    quantize = builder.kernel(builder.kernels.matmul.quantize_activation, activation)
     codes = builder.call(quantize, [x], (count, size), "int8")
-    product = builder.kernel(builder.tuned(rows, int(columns)).matmul_int8)
-    return builder.call(product, [codes, *weight], (count, rows))
+    matmul = builder.choice.tuned(builder.kernels.matmul, rows, int(columns))
+    multiply = builder.kernel(matmul.matmul_quantized, activation)
+    return builder.call(multiply, [codes, *weight], (count, rows))
 
 
 def _mixed_linear(builder: _Builder, node: ir.Node) -> list[Any]:
     body = body_of(builder.model, node)
     names, sizes = _names_and_rows(builder.model, node)
     matrix, lead, _ = _rows(builder, builder.tensor(node.inputs[0]))
-    quantized = any(n.op_type == "QuantizeLinear" for n in body)
-    product = _product(builder, matrix, _weight(builder, names), sum(sizes), quantized)
+    product = _product(
+        builder, matrix, _weight(builder, names), sum(sizes), activation_format(body)
+    )
     wide = builder.scope.emit(relax.op.reshape(product, (*lead, sum(sizes))))
     if len(sizes) == 1:
         return [wide]
@@ -365,7 +363,7 @@ def _mixed_gather(builder: _Builder, node: ir.Node) -> Expr:
     output = node.outputs[0].shape
     assert output is not None
     columns = int(output[-1])  # type: ignore[arg-type]
-    kernel = builder.kernel(builder.matmul.gather_rows)
+    kernel = builder.kernel(builder.kernels.matmul.gather_rows)
     rows = builder.call(kernel, [flat, *_weight(builder, names)], (shape_of(flat)[0], columns))
     return builder.scope.emit(relax.op.reshape(rows, (*lead, columns)))
 
@@ -378,7 +376,7 @@ def _mixed_conv(builder: _Builder, node: ir.Node) -> Expr:
     (inner,) = (n for n in body_of(builder.model, node) if n.op_type == "Conv")
     names, (outputs,) = _names_and_rows(builder.model, node)
     patches, batch, height, width = _patches(builder, inner, builder.tensor(node.inputs[0]))
-    product = _product(builder, patches, _weight(builder, names), outputs, quantized=False)
+    product = _product(builder, patches, _weight(builder, names), outputs)
     emit = builder.scope.emit
     image = emit(relax.op.reshape(product, (batch, height, width, outputs)))
     image = emit(relax.op.permute_dims(image, [0, 3, 1, 2]))
@@ -501,12 +499,12 @@ def _norm(builder: _Builder, node: ir.Node) -> Expr:
     scale = builder.constant(node.inputs[1])
     if node.op_type == "RMSNormalization":
         y = builder.call(
-            builder.kernel(cpu_norm.rms_norm, runs, eps, builder.simd), [wide, scale], out
+            builder.kernel(builder.kernels.norm.rms_norm, runs, eps), [wide, scale], out
         )
     else:
         zero = relax.const(np.zeros(size, np.float32))
         bias = builder.constant(node.inputs[2]) if len(node.inputs) > 2 else zero
-        kernel = builder.kernel(cpu_norm.layer_norm, runs, eps, builder.simd)
+        kernel = builder.kernel(builder.kernels.norm.layer_norm, runs, eps)
         y = builder.call(kernel, [wide, scale, bias], out)
     return builder.scope.emit(relax.op.reshape(y, shape)) if view is not None else y
 
@@ -521,7 +519,7 @@ def _softmax(builder: _Builder, node: ir.Node) -> Expr:
     if not _last_axis_only(node, len(shape)):
         return builder.scope.emit(OPERATORS["Softmax"](builder.scope, node))
     size = shape[-1] if isinstance(shape[-1], int) else 0
-    kernel = builder.kernel(cpu_norm.softmax, cpu_norm.Runs(size, 1, len(shape)), builder.simd)
+    kernel = builder.kernel(builder.kernels.norm.softmax, cpu_norm.Runs(size, 1, len(shape)))
     return builder.call(kernel, [x], shape)
 
 
@@ -535,9 +533,9 @@ def _rotary(builder: _Builder, node: ir.Node) -> Expr:
     assert shape is not None
     width = int(shape[-1])  # type: ignore[arg-type]
     rotated = int(node.attributes.get_int("rotary_embedding_dim", 0) or 0)
-    knobs = (heads, width // heads, rotated, columns, builder.simd)
+    knobs = (heads, width // heads, rotated, columns)
     cos, sin = (builder.tensor(v) for v in node.inputs[1:3])
-    kernel = builder.kernel(cpu_attention.rotary, *knobs)
+    kernel = builder.kernel(builder.kernels.attention.rotary, *knobs)
     return builder.call(kernel, [x, cos, sin], (*shape_of(x)[:-1], width))
 
 
@@ -561,12 +559,12 @@ def _cached_attention(builder: _Builder, node: ir.Node) -> list[Any]:
         v=v_at,
     )
     dtype = keys.ty.dtype
-    append = builder.kernel(cpu_attention.append, attention, dtype, builder.simd)
+    append = builder.kernel(builder.kernels.attention.append, attention, dtype)
     caches = scope.emit(
         relax.op.call_tir_inplace(append, [k, v, past, keys, values], [3, 4], [keys.ty, values.ty])
     )
     keys, values = (scope.emit(relax.TupleGetItem(caches, i)) for i in range(2))
-    attend = builder.kernel(cpu_attention.attend, attention, dtype, builder.simd)
+    attend = builder.kernel(builder.kernels.attention.attend, attention, dtype)
     out = builder.call(attend, [q, past, keys, values], (*shape_of(q)[:-1], heads * dim))
     return [out, keys, values]
 
@@ -601,7 +599,7 @@ def _attention(builder: _Builder, node: ir.Node) -> Expr:
         per_head, per_query = (not (isinstance(d, int) and d == 1) for d in shape[1:3])
         mask = cpu_attention.Mask(str(tensor.ty.dtype), per_head, per_query)
         args.append(tensor)
-    kernel = builder.kernel(cpu_attention.attend_all, attention, mask, builder.simd)
+    kernel = builder.kernel(builder.kernels.attention.attend_all, attention, mask)
     return builder.call(kernel, args, (*shape_of(q)[:-1], heads * dim))
 
 
@@ -627,7 +625,7 @@ def phases(target: Target) -> dict[str, list[Any]]:
 
     @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
     def schedule(module: Any, _context: Any) -> Any:
-        return cpu_schedule.schedule(module, _simd(target))
+        return families.of(target).schedule(module)
 
     return {
         "legalize": [transform.LegalizeOps(), transform.AnnotateTIROpPattern()],
@@ -649,16 +647,45 @@ def phases(target: Target) -> dict[str, list[Any]]:
     }
 
 
+def check(target: Target) -> None:
+    """Refuse a target that ``build`` would fail for, before hours are spent on a model.
+
+    Raises:
+        UsageError: there are no kernels for its instructions, or nothing here compiles or links
+            for it; the text says what to install.
+    """
+    linker.find(target.triple)
+    with families.of(target).building():
+        pass
+
+
 def build(lowered: Lowered, target: Target, library: Path) -> None:
-    """Compile a lowered module to a shared library."""
-    compile_module(lowered.module, target).export_library(str(library))
+    """Compile a lowered module to a shared library.
+
+    Raises:
+        UsageError: it cannot be linked for the target here.
+    """
+    compile_module(lowered.module, target, library)
 
 
-def compile_module(module: Any, target: Target) -> Any:
-    """A Relax module's machine code, by the target's passes."""
+def compile_module(module: Any, target: Target, library: Path) -> None:
+    """Compile a Relax module, by the target's passes, to a shared library.
+
+    Raises:
+        UsageError: it cannot be linked for the target here.
+    """
+
+    def link(output: str, objects: Sequence[str], **_options: Any) -> None:
+        linker.link(target.triple, output, objects)
+
     tvm_target = tvm.target.Target(dict(target.tvm))
     passes = [step for phase in phases(target).values() for step in phase]
-    with tvm_target:
-        return tvm.compile(
-            module, target=tvm_target, relax_pipeline=tvm.transform.Sequential(passes)
+    family = families.of(target)
+    with tvm_target, family.building():
+        program = tvm.compile(
+            module,
+            target=tvm_target,
+            relax_pipeline=tvm.transform.Sequential(passes),
+            tir_pipeline=family.pipeline,
         )
+    program.export_library(str(library), fcompile=link)

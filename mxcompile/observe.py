@@ -20,9 +20,11 @@ from typing import Final
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mxcompile import graph
 from mxcompile.float_model import LOGITS, Feed, FloatModel, by_position, flat, met, product, source
+from mxcompile.formats import ACTIVATION_FORMATS, GROUP
 from mxcompile.graph import Use
 from mxcompile.interpret import Values
 from mxcompile.statistics import Array, Factors, Statistics, UseStatistics
@@ -95,7 +97,7 @@ class Observer:
             for unit, uses in self.watched.uses.items()
         }
         counts = [int(n) for key, n in self.sums.items() if key.startswith("count ")]
-        return Statistics(max(counts, default=0), found, factors)
+        return Statistics(max(counts, default=0), found, factors, self._rounding())
 
     def _factor(self, use: Use) -> float:
         """Half of the Fisher information is divergence a token; errors add up over a sample."""
@@ -103,6 +105,16 @@ class Observer:
             return 1.0
         count = self.sums.get(f"count {product(use)}", torch.zeros(()))
         return 0.5 if self.watched.scores_labels else float(count) / max(self.seen, 1)
+
+    def _rounding(self) -> dict[str, float]:
+        """What rounding activations to int8 does, in the units of the factors."""
+        found: dict[str, float] = {}
+        for use in (use for uses in self.watched.uses.values() for use in uses):
+            harm = self.sums.get(f"rounding {source(use)}")
+            if use.kind == "linear" and harm is not None:
+                count = float(self.sums[f"positions {source(use)}"])
+                found[source(use)] = self._factor(use) * float(harm) / count
+        return found
 
     def _use_statistics(self, unit: str, use: Use, moments: Mapping[str, Array]) -> UseStatistics:
         """A use that never ran has no moment; one that no gradient reaches counts by its errors."""
@@ -126,14 +138,17 @@ class _Sample:
         self.index = index
         self.gradients = gradients
         self.sums: dict[str, Tensor] = {}
+        self._before_head: dict[str, Tensor] = {}
         self._uses = {product(u): u for found in watched.uses.values() for u in found}
 
     def run(self, feed: Feed) -> dict[str, Tensor]:
         """Run the model, and give the sums."""
         run = self.watched.interpreter.run
-        looked_up = [k for k, u in self._uses.items() if u.kind == "embedding"]
+        lookups = {k: u for k, u in self._uses.items() if u.kind == "embedding"}
         with torch.no_grad():
-            leaves = dict(run(feed, fetch=looked_up))
+            # Indices too, which need not be inputs: nothing computes them where a lookup is known.
+            found = run(feed, fetch=[*lookups, *map(source, lookups.values())])
+        leaves = {k: found[k] for k in lookups}
         if self.gradients:
             leaves |= {k: v for k, v in feed.items() if v.is_floating_point()}
             leaves = {k: v.clone().requires_grad_() for k, v in leaves.items()}
@@ -142,7 +157,8 @@ class _Sample:
             slopes = self._slopes(values) if self.gradients else {}
         with torch.no_grad():
             self._add_layers(values, slopes)
-            self._add_embeddings(values, slopes)
+            self._add_rounding(values, slopes)
+            self._add_embeddings({**found, **values}, slopes)
             if self.watched.head is not None:
                 self._add_head(self.watched.head, values)
         return self.sums
@@ -159,6 +175,8 @@ class _Sample:
             return {}
         generator = torch.Generator().manual_seed(self.index)
         seeds = [self._seed(end.detach(), generator) / len(ends) ** 0.5 for end in ends]
+        if self.watched.hidden is not None:
+            self._before_head = {self.watched.hidden: seeds[0].flatten(0, -2)}
         found = torch.autograd.grad(ends, list(felt.values()), seeds, allow_unused=True)
         return {u: by_position(s, u) for u, s in zip(felt, found, strict=True) if s is not None}
 
@@ -208,6 +226,24 @@ class _Sample:
             step = -(-len(x) // PATCHES) if uses[0].kind == "conv" else 1
             self._add_moment(key, x[::step], weights[::step])
 
+    def _add_rounding(self, values: Values, slopes: Mapping[Use, Tensor]) -> None:
+        """Sum up the harm of rounding what linear layers read: ``(dL/dx)**2 step**2 / 12``.
+
+        The gradient is that of the product alone: what else reads ``x`` reads it unrounded.
+        """
+        felt: dict[str, Tensor] = dict(self._before_head)
+        for unit, uses in self.watched.uses.items():
+            for use in uses:
+                if use.kind != "linear" or (slope := slopes.get(use)) is None:
+                    continue
+                weight = self.watched.interpreter.run({}, fetch=[unit])[unit]
+                key, back = source(use), slope @ weight
+                felt[key] = felt[key] + back if key in felt else back
+        for key, slope in felt.items():
+            x = values[key].reshape(slope.shape)
+            self._add(f"rounding {key}", (slope.square() * _variance(x)).sum())
+            self._add(f"positions {key}", torch.tensor(float(len(x))))
+
     def _add_embeddings(self, values: Values, slopes: Mapping[Use, Tensor]) -> None:
         for unit, uses in self.watched.uses.items():
             for use in uses:
@@ -250,3 +286,12 @@ class _Sample:
 
     def _add(self, key: str, value: Tensor) -> None:
         self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+
+def _variance(x: Tensor) -> Tensor:
+    """The variance of the errors of rounding rows to int8, by element: ``step**2 / 12``."""
+    columns = x.shape[-1]
+    padded = functional.pad(x, (0, -columns % GROUP)).reshape(*x.shape[:-1], -1, GROUP)
+    steps = padded.abs().amax(-1) / ACTIVATION_FORMATS["int8"].top
+    variance: Tensor = (steps.square() / 12).repeat_interleave(GROUP, -1)[..., :columns]
+    return variance

@@ -13,7 +13,6 @@ from mxcompile.plan import PrecisionPlan
 from mxcompile.statistics import Statistics
 from mxcompile.target import Target
 
-ACTIVATIONS: Final = ("int8", "fp32")
 KV_DTYPES: Final = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 
 
@@ -22,14 +21,13 @@ class Context:
     """What every pass may read and none may change.
 
     ``plan`` is None before the solve. ``statistics`` say what weights meet, which the quantizers
-    weigh errors with; without them all columns count alike. ``activations`` is the format of the
-    inputs of planned matrix products, ``kv_dtype`` that of the key and value caches.
+    weigh errors with; without them all columns count alike. ``kv_dtype`` is the format of the key
+    and value caches.
     """
 
     target: Target
     plan: PrecisionPlan | None = None
     statistics: Statistics | None = None
-    activations: Literal["int8", "fp32"] = "int8"
     kv_dtype: Literal["fp16", "fp32"] = "fp16"
 
 

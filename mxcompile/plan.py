@@ -1,4 +1,4 @@
-"""The precision plan: which format every row tile of every weight gets.
+"""The precision plan: the formats of every row tile of every weight, and of activations.
 
 A plan is a value with a JSON text form. It knows names, shapes and formats, no numbers of the
 model: scales and codes are found later, from the weights themselves.
@@ -10,16 +10,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Final, Self
 
 from mxcompile.errors import PlanError
-from mxcompile.formats import FORMATS, Format, groups
+from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, ActivationFormat, Format, groups
 
 ROW_TILE: Final = 16
 """Rows (output channels) of a tile: the 32-bit lanes of a 512-bit vector."""
+
+VERSION: Final = 2
+"""Of the plan's JSON form."""
 
 _RUN = re.compile(r"(?P<format>\w+)(\*(?P<count>[1-9]\d*))?")
 
@@ -45,6 +48,10 @@ class Unit:
     def parameters(self) -> int:
         """The number of weights, padding not counted."""
         return self.rows * self.columns
+
+
+CODEBOOK_BYTES: Final = 64
+"""What a codebook takes in a packed weight: a vector of copies."""
 
 
 def tile_bytes(columns: int, fmt: Format) -> int:
@@ -122,7 +129,13 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionPlan:
-    """A format for every row tile of every unit, keyed by the unit's name.
+    """A format for every row tile of every unit, and for what linear layers read.
+
+    Attributes:
+        units: What is planned.
+        tiles: By unit, its row tiles' formats.
+        activations: By the name of a value that linear layers read, the format that it is rounded
+            to; what is not named stays float.
 
     Raises:
         PlanError: a unit has another number of tiles than its rows need.
@@ -130,9 +143,11 @@ class PrecisionPlan:
 
     units: tuple[Unit, ...]
     tiles: Mapping[str, TileFormats]
+    activations: Mapping[str, ActivationFormat] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiles", MappingProxyType(dict(self.tiles)))
+        object.__setattr__(self, "activations", MappingProxyType(dict(self.activations)))
         if (named := {u.name for u in self.units}) != self.tiles.keys():
             raise PlanError(f"formats and units disagree on {sorted(named ^ self.tiles.keys())}")
         for unit in self.units:
@@ -153,9 +168,9 @@ class PrecisionPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """The bytes of all packed tiles."""
+        """The bytes of all packed tiles and of their codebooks."""
         return sum(
-            count * tile_bytes(unit.columns, fmt)
+            count * tile_bytes(unit.columns, fmt) + (CODEBOOK_BYTES if fmt.codebook else 0)
             for unit in self.units
             for fmt, count in Counter(self.tiles[unit.name].formats).items()
         )
@@ -168,10 +183,17 @@ class PrecisionPlan:
                 total[fmt] += min(ROW_TILE, unit.rows - index * ROW_TILE) * unit.columns
         return {f.name: total[f] for f in sorted(total, key=lambda f: f.bits)}
 
+    @property
+    def activation_summary(self) -> str:
+        """How many values linear layers read in each format, such as ``int8*91,int16*10``."""
+        counts = Counter(self.activations.values())
+        parts = [f"{fmt}*{counts[fmt]}" for fmt in ACTIVATION_FORMATS.values() if counts[fmt]]
+        return ",".join(parts) or "fp32"
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON data; ``from_json`` reads it back."""
         return {
-            "version": 1,
+            "version": VERSION,
             "row_tile": ROW_TILE,
             "units": [
                 {
@@ -182,6 +204,7 @@ class PrecisionPlan:
                 }
                 for u in self.units
             ],
+            "activations": {name: fmt.name for name, fmt in self.activations.items()},
         }
 
     @classmethod
@@ -192,11 +215,13 @@ class PrecisionPlan:
             PlanError: the data is not a plan of this version.
         """
         try:
-            if (data["version"], data["row_tile"]) != (1, ROW_TILE):
+            if (data["version"], data["row_tile"]) != (VERSION, ROW_TILE):
                 raise PlanError("the plan was written by another version")
+            activations = {k: ACTIVATION_FORMATS[f] for k, f in data["activations"].items()}
             units = tuple(Unit(u["name"], int(u["rows"]), int(u["columns"])) for u in data["units"])
-            return cls(units, {u["name"]: TileFormats.parse(u["tiles"]) for u in data["units"]})
-        except (KeyError, TypeError, ValueError) as error:
+            tiles = {u["name"]: TileFormats.parse(u["tiles"]) for u in data["units"]}
+            return cls(units, tiles, activations)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"not a precision plan: {error!r}") from error
 
     @property

@@ -1,6 +1,7 @@
 """What every row tile costs in every format: bytes, and damage to the model's output."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,15 +15,18 @@ import torch
 from mxcompile.errors import PlanError, UsageError
 from mxcompile.files import whole
 from mxcompile.formats import FORMATS, Format
-from mxcompile.plan import ROW_TILE, Rule, Unit, tile_bytes
+from mxcompile.plan import ROW_TILE, PrecisionPlan, Rule, Unit, tile_bytes
 from mxcompile.progress import Progress
-from mxcompile.quantize import dequantize, quantize
+from mxcompile.quantize import dequantize, learn, quantize
 from mxcompile.statistics import Statistics
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Changes whenever the quantizers give other codes for the same weights and statistics."""
+
+PRICED: Final = tuple(fmt for fmt in FORMATS.values() if fmt.name != "nf4")
+"""What is priced unless a rule names more: a learned codebook takes the same bytes as nf4."""
 
 BLOCK: Final = 1 << 23
 """Weights that are priced at a time."""
@@ -51,6 +55,25 @@ class Costs:
     def bytes(self, unit: Unit) -> Array:
         """The bytes of one tile of a unit in each format, int64 [formats]."""
         return np.array([tile_bytes(unit.columns, fmt) for fmt in self.choices(unit)], np.int64)
+
+    def paid(self, unit: Unit, plan: PrecisionPlan) -> Array:
+        """The damage of a unit's tiles in a plan, [tiles]."""
+        columns = {fmt: index for index, fmt in enumerate(self.choices(unit))}
+        chosen = [columns[fmt] for fmt in plan.tiles[unit.name].formats]
+        found: Array = self.damage[unit.name][np.arange(unit.tiles), chosen]
+        return found
+
+    def total(self, plan: PrecisionPlan) -> float:
+        """The summed damage of a plan."""
+        return sum(float(self.paid(unit, plan).sum()) for unit in self.units)
+
+    def size(self, plan: PrecisionPlan) -> int:
+        """The bytes of a plan's tiles."""
+        return sum(
+            count * tile_bytes(unit.columns, fmt)
+            for unit in self.units
+            for fmt, count in Counter(plan.tiles[unit.name].formats).items()
+        )
 
     def bind(self, rules: Sequence[Rule]) -> Self:
         """Leave the units that rules name what these allow; a format outside stands for another.
@@ -83,7 +106,7 @@ def price(
     weights: Callable[[str], Array],
     units: Sequence[Unit],
     statistics: Statistics,
-    formats: Sequence[Format] = tuple(FORMATS.values()),
+    formats: Sequence[Format] = PRICED,
     progress: Progress | None = None,
 ) -> Costs:
     """Quantize every unit in every format and add up the damage of its row tiles.
@@ -113,13 +136,15 @@ def price(
             if not np.isfinite(met).all():
                 raise UsageError(f"{unit.name} cannot be priced: calibration met infinite numbers")
             importance = met if met.ndim == 1 else np.diagonal(met).copy()
+            rows = np.arange(unit.rows)
+            codebooks = {f: learn(weight, rows, f, importance, name=unit.name) for f in formats}
             damage[unit.name] = np.zeros((unit.tiles, len(formats)))
             step = max(BLOCK // (unit.columns * ROW_TILE), 1) * ROW_TILE
             for start in range(0, unit.rows, step):
                 block = weight[start : start + step]
                 tiles = slice(start // ROW_TILE, (start + step) // ROW_TILE)
                 damage[unit.name][tiles] = _block(
-                    unit.name, block, start, importance, statistics, formats
+                    unit.name, block, start, importance, statistics, codebooks
                 )
                 advance(block.size)
     return Costs(tuple(units), tuple(formats), damage)
@@ -131,16 +156,16 @@ def _block(
     start: int,
     importance: Array,
     statistics: Statistics,
-    formats: Sequence[Format],
+    codebooks: Mapping[Format, Array | None],
 ) -> Array:
     """The damage of some tiles of a unit, float64 [tiles, formats]."""
-    by_row = np.zeros((-(-len(block) // ROW_TILE) * ROW_TILE, len(formats)))
+    by_row = np.zeros((-(-len(block) // ROW_TILE) * ROW_TILE, len(codebooks)))
     with torch.inference_mode():
-        for index, fmt in enumerate(formats):
-            quantized = quantize(block, fmt, importance, name=unit)
+        for index, (fmt, codebook) in enumerate(codebooks.items()):
+            quantized = quantize(block, fmt, importance, codebook=codebook, name=unit)
             delta = torch.from_numpy(dequantize(quantized, fmt) - block)
             by_row[: len(block), index] = statistics.damage(unit, delta, start).numpy()
-    tiles: Array = by_row.reshape(-1, ROW_TILE, len(formats)).sum(1)
+    tiles: Array = by_row.reshape(-1, ROW_TILE, len(codebooks)).sum(1)
     return tiles
 
 

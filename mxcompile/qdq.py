@@ -1,7 +1,8 @@
 """How a mixed-precision weight is written in standard ONNX, and how it is read back.
 
 A weight ``w`` of rows in several formats becomes, for each format ``f`` (opset 21 types: 2- and
-3-bit codes ride in UINT4, 5- and 6-bit ones in UINT8, true widths in the metadata)::
+3-bit codes ride in UINT4, 5- and 6-bit ones and the entries of tables in UINT8, true formats in the
+metadata)::
 
     w.f.scale = DequantizeLinear<axis=0>(w.f.scale.q, w.f.row_scale)          # two-level scales
     w.f.dq    = DequantizeLinear<axis=1, block_size=32>(w.f.q, w.f.scale, w.f.zero)
@@ -22,7 +23,7 @@ from mxcompile import graph
 from mxcompile.errors import PassError
 from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, Format
 from mxcompile.plan import ROW_TILE, TileFormats
-from mxcompile.quantize import Quantized
+from mxcompile.quantize import Quantized, rows_by_format
 
 FORMAT_KEY: Final = "mxcompile.format"
 UNIT_KEY: Final = "mxcompile.unit"
@@ -41,13 +42,10 @@ def insert(model: ir.Model, weight: ir.Value, quantized: QuantizedWeight) -> ir.
     """Insert the nodes that dequantize a weight; the result has the weight's shape."""
     unit, values = quantized.unit, quantized.values
     rows, columns = values.codes.shape
-    by_tile = np.array([f.bits for f in quantized.formats.formats], np.int64)
-    by_row = np.repeat(by_tile, ROW_TILE)[:rows]
     anchor: ir.Node | None = None
     parts: list[ir.Value] = []
     where: list[np.ndarray] = []
-    for fmt in sorted(set(quantized.formats.formats), key=lambda f: f.bits):
-        index = np.flatnonzero(by_row == fmt.bits)
+    for fmt, index in rows_by_format(quantized.formats, rows):
         part = _dequantize(model, anchor, unit, fmt, values.take(index))
         parts.append(part)
         where.append(index)
@@ -85,11 +83,12 @@ def _dequantize(
     """The rows of one format: their initializers and the two nodes that dequantize them.
 
     Zero-points count in sixteenths of the code range. Below 4 bits the codes are shifted up to
-    4 bits to meet them; above, the zero-points are shifted up to the codes.
+    4 bits to meet them; above, the zero-points are shifted up to the codes. Of a non-uniform format
+    the entries stand here that its codes look up.
     """
     base = f"{unit}.{fmt}"
-    up, step = max(ZERO_BITS - fmt.bits, 0), max(fmt.bits - ZERO_BITS, 0)
-    carrier = ml_dtypes.uint4 if fmt.bits <= ZERO_BITS else np.uint8
+    up, step = _shifts(fmt)
+    carrier = ml_dtypes.uint4 if fmt.value_bits <= ZERO_BITS else np.uint8
     codes = (values.codes << up).view(carrier)
     zeros = (values.zeros << step).view(carrier)
     row_scale = np.ldexp(values.row_scale.astype(np.float32), -up)
@@ -117,6 +116,11 @@ def _dequantize(
     )
     dq.shape = q.shape
     return dq
+
+
+def _shifts(fmt: Format) -> tuple[int, int]:
+    """By how much codes and zero-points are shifted up to meet."""
+    return max(ZERO_BITS - fmt.value_bits, 0), max(fmt.value_bits - ZERO_BITS, 0)
 
 
 Actual: TypeAlias = Mapping[ir.Value, ir.Value]
@@ -172,7 +176,7 @@ def read(nodes: list[ir.Node], actual: Actual = IN_GRAPH) -> QuantizedWeight:
             if scale_node is None or q is None:
                 raise PassError(f"{graph.describe(node)} is not what quantize-weights writes")
             fmt = FORMATS[actual.get(q, q).metadata_props[FORMAT_KEY]]
-            up, step = max(ZERO_BITS - fmt.bits, 0), max(fmt.bits - ZERO_BITS, 0)
+            up, step = _shifts(fmt)
             row_scale = np.ldexp(data(scale_node.inputs[1]), up).astype(np.float16)
             codes, zeros = data(q).view(np.uint8) >> up, data(zero).view(np.uint8) >> step
             parts.append((fmt, Quantized(codes, data(scale_node.inputs[0]), zeros, row_scale)))
@@ -180,8 +184,8 @@ def read(nodes: list[ir.Node], actual: Actual = IN_GRAPH) -> QuantizedWeight:
             order = data(node.inputs[1])
     counts = [len(q.codes) for _, q in parts]
     order = np.arange(sum(counts)) if order is None else order
-    bits = np.repeat([f.bits for f, _ in parts], counts)[order][::ROW_TILE]
+    by_tile = np.repeat(np.arange(len(parts)), counts)[order][::ROW_TILE]
     fields = ("codes", "scales", "zeros", "row_scale")
     values = [np.concatenate([getattr(q, field) for _, q in parts])[order] for field in fields]
-    formats = TileFormats(tuple(FORMATS[f"int{b}"] for b in bits))
+    formats = TileFormats(tuple(parts[i][0] for i in by_tile))
     return QuantizedWeight(unit_of(nodes, actual), formats, Quantized(*values))

@@ -6,6 +6,10 @@ importance matrix of llama.cpp and the clip search of AWQ (arXiv 2306.00978) wei
 candidate is one that can be stored (an 8-bit multiple of the fp16 row scale, a 4-bit zero-point),
 so what is searched is what ships. Kernels and ONNX models are tested against this module.
 
+The entries of a learned codebook are found in turn with the groups' grids, each as the weighted
+mean of the weights that round to it: the k-means of SqueezeLLM (arXiv 2306.07629) on weights in
+units of their group's scale, on a sample of the groups.
+
 Left out: error feedback between columns, which needs the whole H; see ``mxcompile.gptq``.
 """
 
@@ -36,7 +40,7 @@ class Quantized:
     """Quantized rows: ``w = row_scale * scale * (code - zero * zero_step)``, scales by group."""
 
     codes: Array
-    """uint8 [rows, columns]."""
+    """uint8 [rows, columns]; of non-uniform formats the entries that stored codes look up."""
     scales: Array
     """uint8 [rows, groups]."""
     zeros: Array
@@ -72,14 +76,22 @@ def _span(first: float, last: float, count: int) -> tuple[float, ...]:
 # Within 1 % of the best of all scales and zero-points on Gaussian weights at 2 to 4 bits, 4 % at
 # 5 and 6. Few levels leave much to win by clipping and by zero-points between codes; many do not.
 _SEARCHES: Final = {
-    2: _Search(_span(0.4, 0.95, 8), (-1, 0, 1), (0.04, 0.02)),
-    3: _Search(_span(0.55, 0.95, 6), (-1, 0, 1), (0.03,)),
-    4: _Search(_span(0.6, 0.97, 6), (0,), (0.02, 0.01)),
-    5: _Search(_span(0.7, 0.98, 6), (0,), (0.015, 0.007)),
-    6: _Search(_span(0.85, 0.98, 3), (0,), (0.01,)),
-    8: _Search((), (), (0.01,)),
+    "int2": _Search(_span(0.4, 0.95, 8), (-1, 0, 1), (0.04, 0.02)),
+    "int3": _Search(_span(0.55, 0.95, 6), (-1, 0, 1), (0.03,)),
+    "table3": _Search(_span(0.6, 0.95, 4), (-1, 0, 1), (0.03,)),
+    "int4": _Search(_span(0.6, 0.97, 6), (0,), (0.02, 0.01)),
+    "nf4": _Search(_span(0.75, 1.0, 4), (0,), (0.03,)),
+    "table4": _Search(_span(0.75, 1.0, 4), (0,), (0.03,)),
+    "int5": _Search(_span(0.7, 0.98, 6), (0,), (0.015, 0.007)),
+    "int6": _Search(_span(0.85, 0.98, 3), (0,), (0.01,)),
+    "int8": _Search((), (), (0.01,)),
 }
 _NO_SEARCH: Final = _Search((), (), ())
+
+LEARN_GROUPS: Final = 4096
+"""Groups that a codebook is learned from, spread over the weight."""
+
+LEARN_ROUNDS: Final = 3
 
 
 def quantize(
@@ -88,6 +100,7 @@ def quantize(
     importance: Array | None = None,
     *,
     search: bool = True,
+    codebook: Array | None = None,
     name: str = "the weight",
 ) -> Quantized:
     """Quantize the rows of a weight [rows, columns] to one format.
@@ -97,14 +110,18 @@ def quantize(
         fmt: The format of all rows.
         importance: ``E[x_k**2]`` of the columns; None weighs them alike.
         search: Whether to look for a better grid than the one that holds the whole range.
+        codebook: For a learned format, what ``learn`` gave; None learns it from these rows.
         name: What an error calls the weight.
 
     Raises:
         UsageError: a weight is NaN, infinite or too large for the format.
     """
     result = _empty(*weight.shape)
-    how = _SEARCHES[fmt.bits] if search else _NO_SEARCH
-    _quantize_rows(weight, np.arange(len(weight)), fmt, importance, how, name, result)
+    rows = np.arange(len(weight))
+    if codebook is None:
+        codebook = learn(weight, rows, fmt, importance, name=name)
+    how = _SEARCHES[fmt.name] if search else _NO_SEARCH
+    _quantize_rows(_Source(weight, importance, fmt, codebook, how, name), rows, result)
     return result
 
 
@@ -118,8 +135,41 @@ def quantize_tiles(
     """Quantize a weight whose row tiles have formats of their own; see ``quantize``."""
     result = _empty(*weight.shape)
     for fmt, rows in rows_by_format(formats, len(weight)):
-        _quantize_rows(weight, rows, fmt, importance, _SEARCHES[fmt.bits], name, result)
+        codebook = learn(weight, rows, fmt, importance, name=name)
+        how = _SEARCHES[fmt.name]
+        _quantize_rows(_Source(weight, importance, fmt, codebook, how, name), rows, result)
     return result
+
+
+def learn(
+    weight: Array,
+    rows: Array,
+    fmt: Format,
+    importance: Array | None = None,
+    *,
+    name: str = "the weight",
+) -> Array | None:
+    """The codebook of some rows of a weight, uint8 [levels], rising; None for uniform formats.
+
+    Args:
+        weight: Float numbers [rows, columns].
+        rows: The indices of those that share the codebook.
+        fmt: Their format; where its codebook is fixed, that is the answer.
+        importance: ``E[x_k**2]`` of the columns; None weighs them alike.
+        name: What an error calls the weight.
+
+    Raises:
+        UsageError: a weight is NaN, infinite or too large for the format.
+    """
+    if not fmt.codebook:
+        return None
+    codebook: Array = np.array(fmt.codebook, np.uint8)
+    if fmt.learned:
+        sample = rows[:: -(-len(rows) * groups(weight.shape[1]) // LEARN_GROUPS)]
+        for _ in range(LEARN_ROUNDS):
+            source = _Source(weight, importance, fmt, codebook, _SEARCHES[fmt.name], name)
+            codebook = source.grid(sample).learned()
+    return codebook
 
 
 def dequantize(quantized: Quantized, fmt: Format) -> Array:
@@ -155,35 +205,64 @@ def _empty(rows: int, columns: int) -> Quantized:
 
 def rows_by_format(formats: TileFormats, rows: int) -> Iterator[tuple[Format, Array]]:
     """The formats of a weight's tiles, and for each the indices of its rows."""
-    bits = np.repeat([fmt.bits for fmt in formats.formats], ROW_TILE)[:rows]
-    for fmt in FORMATS.values():
-        if (index := np.flatnonzero(bits == fmt.bits)).size:
+    known = tuple(FORMATS.values())
+    by_row = np.repeat([known.index(fmt) for fmt in formats.formats], ROW_TILE)[:rows]
+    for number, fmt in enumerate(known):
+        if (index := np.flatnonzero(by_row == number)).size:
             yield fmt, index
 
 
-def _quantize_rows(
-    weight: Array,
-    rows: Array,
-    fmt: Format,
-    importance: Array | None,
-    search: _Search,
-    name: str,
-    out: Quantized,
-) -> None:
+def nearest(codebook: Array) -> torch.Tensor:
+    """What every whole number from 0 to 255 is rounded to, float32 [256]."""
+    entries = torch.from_numpy(codebook.astype(np.float32))
+    middles = (entries[1:] + entries[:-1]) / 2
+    return entries[torch.bucketize(torch.arange(256, dtype=torch.float32), middles)]
+
+
+def codebook_of(codes: Array) -> Array:
+    """The codebook that entries are from, as far as it is used: uint8, rising."""
+    found = np.zeros(256, np.bool_)
+    for part in np.array_split(codes.reshape(-1), -(-codes.size // BLOCK)):
+        found[part] = True
+    used: Array = np.flatnonzero(found).astype(np.uint8)
+    return used
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Source:
+    """A weight, and how its rows are to be quantized."""
+
+    weight: Array
+    importance: Array | None
+    fmt: Format
+    codebook: Array | None
+    search: _Search
+    name: str
+
+    def grid(self, rows: Array) -> "_Grid":
+        """The searched grid of some rows."""
+        block = self.weight[rows].astype(np.float32)
+        if not np.isfinite(block).all():
+            row, column = np.argwhere(~np.isfinite(block))[0]
+            raise UsageError(
+                f"{self.name} is {block[row, column]} at row {rows[row]}, column {column}"
+            )
+        importance = np.ones(block.shape[1]) if self.importance is None else self.importance
+        h = _transposed(importance[None]).repeat(1, len(block))
+        grid = _Grid(_transposed(block), h, self.fmt, len(block), self.name, self.codebook)
+        grid.search(self.search)
+        return grid
+
+
+def _quantize_rows(source: _Source, rows: Array, out: Quantized) -> None:
     """Quantize some rows, in blocks that are spread over torch's threads."""
-    columns = weight.shape[1]
+    columns = source.weight.shape[1]
     step = max(BLOCK // (groups(columns) * GROUP), 1)
-    by_group = _transposed(np.ones(columns) if importance is None else importance[None])
 
     def work(start: int) -> None:
         index = rows[start : start + step]
-        block = weight[index].astype(np.float32)
-        if not np.isfinite(block).all():
-            row, column = np.argwhere(~np.isfinite(block))[0]
-            raise UsageError(f"{name} is {block[row, column]} at row {index[row]}, column {column}")
-        grid = _Grid(_transposed(block), by_group.repeat(1, len(block)), fmt, len(block), name)
-        grid.search(search)
-        codes = grid.codes().T.reshape(len(block), -1)[:, :columns]
+        grid = source.grid(index)
+        codes = grid.codes().T.reshape(len(index), -1)[:, :columns]
         out.codes[index] = codes.numpy()
         out.scales[index], out.zeros[index], out.row_scale[index] = grid.encoded()
 
@@ -205,8 +284,17 @@ def _transposed(block: Array) -> torch.Tensor:
 class _Grid:
     """The best grid found so far for each group of a block of rows."""
 
-    def __init__(self, w: torch.Tensor, h: torch.Tensor, fmt: Format, rows: int, name: str) -> None:
-        self.w, self.h, self.fmt = w, h, fmt
+    def __init__(
+        self,
+        w: torch.Tensor,
+        h: torch.Tensor,
+        fmt: Format,
+        rows: int,
+        name: str,
+        codebook: Array | None,
+    ) -> None:
+        self.w, self.h, self.fmt, self.codebook = w, h, fmt, codebook
+        self._nearest = None if codebook is None else nearest(codebook)
         low, high = w.amin(0).clamp(max=0), w.amax(0).clamp(min=0)
         self.zero_point, self.zero, self.full = _holding(low, high, fmt)
         self.empty = self.full == 0
@@ -239,6 +327,20 @@ class _Grid:
         """The codes, uint8 [GROUP, groups]."""
         return self._round(self.scale, self.zero)[1].to(torch.uint8)
 
+    def learned(self) -> Array:
+        """A better codebook: each entry where the weights that round to it lie in the mean."""
+        assert self.codebook is not None
+        exact, code = self._round(self.scale, self.zero)
+        weight = self.h * (self.scale * self.unit).square()
+        index = code.to(torch.int64).flatten()
+        total, mass = (
+            torch.zeros(256, dtype=torch.float64).index_add_(0, index, part.double().flatten())
+            for part in (exact.clamp(0, self.fmt.top) * weight, weight)
+        )
+        means = torch.where(mass > 0, total / mass, torch.arange(256.0, dtype=torch.float64))
+        entries: Array = means[self.codebook.astype(np.int64)].round().to(torch.uint8).numpy()
+        return np.sort(entries)
+
     def encoded(self) -> tuple[Array, Array, Array]:
         """Scales and zero-points [rows, groups], and row scales, as they are stored."""
         scale = torch.where(self.empty, 0, self.scale).to(torch.uint8)
@@ -264,14 +366,18 @@ class _Grid:
         exact, code = self._buffers
         torch.addcmul(zero * self.fmt.zero_step, self.w, 1 / (scale * self.unit), out=exact)
         torch.round(exact, out=code)
-        return exact, code.clamp_(0, self.fmt.levels - 1)
+        code.clamp_(0, self.fmt.top)
+        if self._nearest is not None:
+            index = code.to(torch.int32).flatten()
+            torch.index_select(self._nearest, 0, index, out=code.view(-1))
+        return exact, code
 
 
 def _holding(
     low: torch.Tensor, high: torch.Tensor, fmt: Format
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Each range's ideal zero-point, and the storable one that holds it at the least scale."""
-    top, step = fmt.levels - 1, fmt.zero_step
+    top, step = fmt.top, fmt.zero_step
     ideal = (top / step * -low / (high - low)).nan_to_num(0).clamp(0, MAX_ZERO)
     best = torch.full_like(ideal, torch.inf)
     zero = torch.zeros_like(ideal)

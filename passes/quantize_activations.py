@@ -1,15 +1,22 @@
 """Quantize annotated activations, a scale a token and group."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 
 from mxcompile import graph
 from mxcompile.errors import UnsupportedError
-from mxcompile.formats import GROUP
+from mxcompile.formats import ACTIVATION_FORMATS, GROUP, ActivationFormat
 from mxcompile.pipeline import Context, Pass
+
+CARRIERS: Final = {
+    ACTIVATION_FORMATS["int8"]: ir.DataType.INT8,
+    ACTIVATION_FORMATS["int16"]: ir.DataType.INT16,
+}
+"""The ONNX types of codes."""
 
 TINY = float(np.finfo(np.float32).tiny)
 """Keeps the scale of an all-zero group from being zero."""
@@ -19,8 +26,9 @@ TINY = float(np.finfo(np.float32).tiny)
 class QuantizeActivations(Pass):
     """Insert QuantizeLinear and DequantizeLinear with scales that are found at run time.
 
-    Symmetric int8 in groups of 32 along the last axis, scale = max |x| / 127. A last axis that is
-    no multiple of 32 is padded before and cut after.
+    Symmetric integers in groups of 32 along the last axis, scale = max |x| / top, where the largest
+    code ``top`` is 127 or 127 * 256. A last axis that is no multiple of 32 is padded before and cut
+    after.
 
     Before: ``Linear(%x, %w)``; after: ``Linear(%x.dq, %w)`` with
     ``%x.dq = DequantizeLinear(QuantizeLinear(%x, %x.scale), %x.scale)``.
@@ -31,19 +39,26 @@ class QuantizeActivations(Pass):
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Let the linear layers that read an annotated value read its quantized form."""
         annotated = [
-            v
+            (v, ACTIVATION_FORMATS[scheme.partition("/")[0]])
             for v in graph.values(model)
-            if graph.scheme_of(v) is not None and not v.is_initializer()
+            if (scheme := graph.scheme_of(v)) is not None and not v.is_initializer()
         ]
-        for value in annotated:
+        for value, fmt in annotated:
             readers = [u.node for u in value.uses() if u.node.op_type == "Linear"]
-            quantized = _quantize(model, value)
+            quantized = _quantize(model, value, fmt)
             for node in readers:
                 node.replace_input_with(0, quantized)
         return bool(annotated)
 
 
-def _quantize(model: ir.Model, value: ir.Value) -> ir.Value:
+def activation_format(nodes: Iterable[ir.Node]) -> ActivationFormat | None:
+    """The format that nodes of this pass round to; None when there are none."""
+    quantizers = (n for n in nodes if n.op_type == "QuantizeLinear")
+    types = (n.attributes.get_int("output_dtype") for n in quantizers)
+    return next((f for t in types for f, carrier in CARRIERS.items() if carrier == t), None)
+
+
+def _quantize(model: ir.Model, value: ir.Value, fmt: ActivationFormat) -> ir.Value:
     if value.shape is None or not isinstance(value.shape[-1], int):
         raise UnsupportedError(f"{value.name} has no known last dimension: {value.shape}")
     width, rank, base = value.shape[-1], len(value.shape), graph.name(value)
@@ -71,10 +86,10 @@ def _quantize(model: ir.Model, value: ir.Value) -> ir.Value:
     magnitude = add("Abs", [add("Reshape", [source, by_group], "groups")], "magnitude")
     peak = add("ReduceMax", [magnitude, ints("last", [-1])], "peak", keepdims=0)
     floored = add("Max", [peak, scalar("tiny", TINY)], "floored")
-    scale = add("Div", [floored, scalar("steps", 127.0)], "scale")
+    scale = add("Div", [floored, scalar("steps", float(fmt.top))], "scale")
     code = add(
         "QuantizeLinear", [source, scale], "q",
-        axis=-1, block_size=GROUP, output_dtype=ir.DataType.INT8.value,
+        axis=-1, block_size=GROUP, output_dtype=CARRIERS[fmt].value,
     )  # fmt: skip
     result = add("DequantizeLinear", [code, scale], "dq", axis=-1, block_size=GROUP)
     if padding:

@@ -5,13 +5,16 @@ of groups, ``ceil(K / 32)``; ``W`` and ``table`` are the ``data`` and ``table`` 
 ``packing.Packed`` of ``tiles`` tiles; ``N`` is at most ``16 * tiles``: the rows that pad the last
 tile may be left out. ``W`` starts at a multiple of 64 bytes and its tiles lie in order::
 
-    quantize_activation(X: f32 [M, K], Q: out i8 [M, 40 * G])
-    matmul_int8(Q: i8 [M, 40 * G], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, N])
-    matmul_f32(X: f32 [M, K], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, N])
-    gather_rows(ids: i64 [M], W: u8 [bytes], table: i32 [tiles, 2], Y: out f32 [M, K])
+    quantize_activation(X: f32 [M, K], Q: out i8 [M, D * 40 * G])
+    matmul_quantized(Q: i8 [M, D * 40 * G], W: u8 [bytes], table: i32 [tiles, 3],
+                     Y: out f32 [M, N])
+    matmul_f32(X: f32 [M, K], W: u8 [bytes], table: i32 [tiles, 3], Y: out f32 [M, N])
+    gather_rows(ids: i64 [M], W: u8 [bytes], table: i32 [tiles, 3], Y: out f32 [M, K])
 
 A quantized activation ``Q`` has a record of 40 bytes for every group: 32 int8, their scale as
-float32, their sum as int32. One stream a row is what lets 8 rows share the registers of a CPU.
+float32, their sum as int32. One stream a row is what lets 8 rows share the registers of a CPU. An
+activation of ``D`` digits has ``D`` runs of records a row, from the highest digit, whose scales
+hold the digits' weights: the kernel takes them as rows that add up.
 
 The inner loops keep a row of the tile in every lane: a vector of 16 words holds 4 codes of 16 rows,
 and a dot product of bytes multiplies them by 4 activations that are broadcast. Codes of less than
@@ -24,13 +27,14 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, Format, groups
+from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, ActivationFormat, Format, groups
 from mxcompile.plan import ROW_TILE
 from mxcompile.targets.cpu_norm import (
     build,
@@ -45,12 +49,20 @@ from mxcompile.targets.cpu_norm import (
 )
 from mxcompile.targets.packing import BLOCK, QUADS, SIDE, VECTOR
 
-Instructions = Literal["avx512vnni", "avx2", "generic"]
+Instructions = Literal["avx512vnni", "avxvnni", "avx2", "i8mm", "dotprod", "neon", "generic"]
 
 RECORD: Final = GROUP + 8
 """Bytes of a quantized group of an activation row: codes, scale, sum."""
 
-_ROW_BLOCK: Final = {"avx512vnni": 8, "avx2": 4, "generic": 4}
+_ROW_BLOCK: Final = {
+    "avx512vnni": 8,
+    "avxvnni": 4,
+    "avx2": 4,
+    "i8mm": 4,
+    "dotprod": 4,
+    "neon": 2,
+    "generic": 4,
+}
 
 _TINY: Final = 2.0**-120
 """Groups whose magnitudes are all below are taken for 0: their scale has no finite inverse."""
@@ -59,25 +71,22 @@ _ROUND: Final = 1.5 * 2.0**23
 """Added to a float of magnitude below 2**22, leaves it rounded half to even in the low bits."""
 
 
-def activation_bytes(columns: int) -> int:
+def activation_bytes(columns: int, fmt: ActivationFormat) -> int:
     """The bytes of a quantized activation row."""
-    return groups(columns) * RECORD
+    return groups(columns) * RECORD * fmt.digits
 
 
 @dataclass(frozen=True, slots=True)
 class Knobs:
-    """What a format's inner loops can be tuned by; results do not depend on it.
+    """What a layout's inner loops can be tuned by; results do not depend on it.
 
     Attributes:
         row_block: Activation rows that share the unpacked codes; 0 takes what registers hold.
-        chains: Accumulators that one activation row's products are spread over, so that they need
-            not wait for each other; one for blocks of rows, where rows do not.
         prefetch: How many bytes ahead one row's product asks for the weights that it streams in,
             which the hardware alone follows at half its speed; 0 leaves it to the hardware.
     """
 
     row_block: int = 0
-    chains: int = 2
     prefetch: int = 8192
 
 
@@ -85,14 +94,14 @@ class Knobs:
 class MatmulKernel:
     """The knobs of the kernels of one target; methods make the functions.
 
-    Every tile's format has a branch of its own in a function, so formats are tuned apart and share
+    Every tile's layout has a branch of its own in a function, so layouts are tuned apart and share
     one function for all shapes. A shape with other knobs takes another function, made of another
     ``MatmulKernel``: hundreds of kilobytes of code, worth it only where it was measured to be.
 
     Attributes:
         instructions: Multiply bytes; "generic" is portable arithmetic, for any target of LLVM.
-        formats: The formats that tiles can have; other tiles are skipped.
-        knobs: Pairs of a format and what is not the default for it.
+        formats: The formats that tiles can have; tiles of other layouts are skipped.
+        knobs: Pairs of a format and what is not the default for its layout.
         serial_groups: Work on fewer groups than that is not worth waking threads for.
         jobs: Shares that one row's work is cut in: a multiple of most numbers of threads.
         chunk: Activation rows that all tiles are multiplied with in turn: few enough to stay in a
@@ -107,12 +116,13 @@ class MatmulKernel:
     chunk: int = 128
 
     def knobs_of(self, fmt: Format) -> Knobs:
-        """A format's knobs, with the target's row block where none is set."""
-        found = dict(self.knobs).get(fmt.name, Knobs())
+        """The knobs of a format's layout, with the target's row block where none is set."""
+        known = {FORMATS[name].layout: knobs for name, knobs in self.knobs}
+        found = known.get(fmt.layout, Knobs())
         return replace(found, row_block=found.row_block or _ROW_BLOCK[self.instructions])
 
-    def quantize_activation(self) -> PrimFunc:
-        """Rounds every group of 32 activations half to even to its absmax / 127."""
+    def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
+        """Rounds every group of 32 activations half to even to its absmax / top."""
 
         def emit() -> None:
             m, k, q = map(symbol, "mkq")
@@ -121,7 +131,7 @@ class MatmulKernel:
             def quantize(row: Expr) -> None:
                 with T.serial(0, k // GROUP) as g:
                     halves = [load(x, row, g * GROUP + i, lanes=ROW_TILE) for i in (0, ROW_TILE)]
-                    _quantize_group(halves, codes, row, g * RECORD)
+                    _quantize_group(halves, fmt, codes, row, g * RECORD)
                 with _when(k % GROUP != 0):
                     tail = registers(2, ROW_TILE)
                     start = hold(k // GROUP * GROUP)
@@ -129,14 +139,14 @@ class MatmulKernel:
                         with T.serial(0, T.min(k - start - i * ROW_TILE, ROW_TILE)) as j:
                             store(tail[i], load(x, row, start + i * ROW_TILE + j, lanes=1), j)
                     halves = [load(half, 0, lanes=ROW_TILE) for half in tail]
-                    _quantize_group(halves, codes, row, k // GROUP * RECORD)
+                    _quantize_group(halves, fmt, codes, row, k // GROUP * RECORD)
 
             spread(m, m * (k // GROUP) < self.serial_groups, quantize)
 
         return build(emit)
 
-    def matmul_int8(self) -> PrimFunc:
-        """Y = Q @ W.T with exact integer sums inside a group."""
+    def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
+        """Y = Q @ W.T with exact integer sums inside a group, for each digit."""
 
         def emit() -> None:
             m, n, q = map(symbol, "mnq")
@@ -144,9 +154,13 @@ class MatmulKernel:
             y = param("Y", (m, n))
 
             def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
-                self._int8_block(tile, codes, y, t, row, rows)
+                self._quantized_block(tile, codes, fmt.digits, y, t, row, rows)
 
-            self._all_tiles(weight, m, q // RECORD, block)
+            def sizes(tile: "_Tile") -> list[int]:
+                rows = max(1, self.knobs_of(tile.fmt).row_block // fmt.digits)
+                return [rows >> i for i in range(rows.bit_length())]
+
+            self._all_tiles(weight, m, q // (RECORD * fmt.digits), sizes, block)
 
         return build(emit)
 
@@ -161,7 +175,10 @@ class MatmulKernel:
             def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
                 _f32_block(tile, x, y, t, row, rows)
 
-            self._all_tiles(weight, m, (k + GROUP - 1) // GROUP, block)
+            def sizes(tile: "_Tile") -> list[int]:
+                return [self.knobs_of(tile.fmt).row_block, 1]
+
+            self._all_tiles(weight, m, (k + GROUP - 1) // GROUP, sizes, block)
 
         return build(emit)
 
@@ -178,7 +195,7 @@ class MatmulKernel:
                     T.max(T.min(load(ids, i, lanes=1), weight.tiles * ROW_TILE - 1), T.int64(0))
                 )
                 for tile in weight.formats(
-                    row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE
+                    self.instructions, row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE
                 ):
                     _gather_row(tile, y, i)
 
@@ -187,17 +204,20 @@ class MatmulKernel:
         return build(emit)
 
     def _declare(self) -> "_Weight":
-        return _Weight.declare([FORMATS[name] for name in self.formats])
+        layouts = {(fmt := FORMATS[name]).layout: fmt for name in self.formats}
+        return _Weight.declare(tuple(layouts.values()))
 
-    def _all_tiles(self, weight: "_Weight", m: Expr, count: Expr, block: "_Block") -> None:
+    def _all_tiles(
+        self, weight: "_Weight", m: Expr, count: Expr, sizes: "_Sizes", block: "_Block"
+    ) -> None:
         """Run ``block`` for every tile and block of activation rows, on all threads.
 
-        The remainder's blocks have half of the rows, half of those and so on.
+        Blocks have as many rows as the first of the sizes, the remainder's as the others.
         One row costs what its weights take to stream in: threads get equal bytes, not equal tiles.
         """
 
         def gemv(t: Expr) -> None:
-            for tile in weight.formats(t, count):
+            for tile in weight.formats(self.instructions, t, count):
                 block(tile, t, T.int64(0), 1)
 
         with T.If(m == 1):
@@ -216,30 +236,45 @@ class MatmulKernel:
                 first = hold(chunk * self.chunk)
                 length = hold(T.min(m - first, T.int64(self.chunk)))
                 with T.parallel(0, weight.tiles) as t:
-                    for tile in weight.formats(t, count):
+                    for tile in weight.formats(self.instructions, t, count):
                         done: Expr = T.int64(0)
-                        largest = self.knobs_of(tile.fmt).row_block
-                        for rows in (largest >> i for i in range(largest.bit_length())):
+                        for rows in sizes(tile):
                             with T.serial(0, (length - done) // rows) as i:
                                 block(tile, t, first + done + i * rows, rows)
                             done = length // rows * rows
 
-    def _int8_block(self, tile: "_Tile", codes: Any, y: Any, t: Expr, row: Expr, rows: int) -> None:
+    def _quantized_block(
+        self, tile: "_Tile", codes: Any, digits: int, y: Any, t: Expr, row: Expr, rows: int
+    ) -> None:
         sums = [_Register("float32x16", 0) for _ in range(rows)]
-        knobs = self.knobs_of(tile.fmt) if rows == 1 else Knobs(chains=1, prefetch=0)
-        with tile.groups(knobs.prefetch) as group:
+        ahead = self.knobs_of(tile.fmt).prefetch if rows == 1 else 0
+        with tile.groups(ahead) as group:
 
-            def word(r: int, at: int | Expr) -> Expr:
-                """4 bytes of row ``r``'s record."""
-                start = group.index * RECORD + at
-                return T.reinterpret("int32", load(codes, row + r, start, lanes=4))
+            def at_record(r: int) -> tuple[Expr, Expr]:
+                """Where the record of the ``r``-th pair of a row and a digit starts."""
+                run = r % digits * (codes.shape[1] // digits)
+                return row + r // digits, run + group.index * RECORD
 
-            scales = hold(group.scales())
-            dots = _DOTS[self.instructions](group, rows, word, knobs.chains)
-            for r in range(rows):
+            def word(r: int, at: int | Expr, count: int = 1) -> Expr:
+                """Words of 4 bytes of the ``r``-th record, from the byte ``at``."""
+                i, start = at_record(r)
+                dtype = "int32" if count == 1 else f"int32x{count}"
+                return T.reinterpret(dtype, load(codes, i, start + at, lanes=4 * count))
+
+            zeros, scales = hold(group.zeros()), hold(group.scales())
+
+            def offset(r: int) -> Expr:
+                """What zero-points add to the ``r``-th dot product."""
+                i, start = at_record(r)
+                # The sum fits its low half, and LLVM multiplies 16 bits faster than 32.
+                low = load(codes, i, start + GROUP + 4, lanes=2)
+                return zeros * T.cast(T.int16(0) - T.reinterpret("int16", low), "int32")
+
+            dots = _DOTS[self.instructions](group, rows * digits, word, offset)
+            for r, dot in enumerate(dots):
                 scale = T.reinterpret("float32", word(r, GROUP))
-                scaled = T.cast(dots[r], "float32x16") * scale
-                sums[r].set(sums[r].get() + scaled * scales)
+                total = sums[r // digits]
+                total.set(total.get() + T.cast(dot, "float32x16") * scale * scales)
         _store_block(tile, y, t, row, sums)
 
 
@@ -302,13 +337,15 @@ def _store_block(tile: "_Tile", y: Any, t: Expr, row: Expr, sums: list["_Registe
                 store(y, load(out, r, i, lanes=1), row + r, t * ROW_TILE + i)
 
 
-def _quantize_group(halves: list[Expr], codes: Any, row: Expr, start: Expr) -> None:
+def _quantize_group(
+    halves: list[Expr], fmt: ActivationFormat, codes: Any, row: Expr, start: Expr
+) -> None:
     halves = [hold(half) for half in halves]
     # The bits of magnitudes order like integers, NaN on top: it ends in the scale, is not hidden.
     bits = [T.reinterpret("int32x16", half) & 0x7FFFFFFF for half in halves]
     biggest = hold(T.reinterpret("float32", _reduce("smax", T.max(*bits))))
     small = biggest < T.float32(_TINY)
-    scale = hold(T.Select(small, T.float32(0), biggest / T.float32(127)))
+    scale = hold(T.Select(small, T.float32(0), biggest / T.float32(fmt.top)))
     # A division, as QuantizeLinear does it: times the inverse, exact halves round the other way.
     divisor = hold(T.Select(small, T.float32(1), scale))
     offset = T.reinterpret("int32", T.float32(_ROUND))
@@ -316,67 +353,66 @@ def _quantize_group(halves: list[Expr], codes: Any, row: Expr, start: Expr) -> N
         hold(T.reinterpret("int32x16", half / divisor + T.float32(_ROUND)) - offset)
         for half in halves
     ]
-    for i, values in enumerate(quantized):
-        store(codes, T.cast(values, "int8x16"), row, start + i * ROW_TILE)
-    total = _reduce("add", quantized[0] + quantized[1])
-    for i, word in enumerate((scale, total)):
-        store(codes, T.reinterpret("int8x4", word), row, start + GROUP + 4 * i)
+    for digit in reversed(range(fmt.digits)):
+        # A digit is what is left, over its weight; half of the weight rounds to nearest.
+        shift, half = 8 * digit, 1 << 8 * digit >> 1
+        values = [hold(rest + half >> shift) for rest in quantized]
+        quantized = [hold(r - (v << shift)) for r, v in zip(quantized, values, strict=True)]
+        for i, value in enumerate(values):
+            store(codes, T.cast(value, "int8x16"), row, start + i * ROW_TILE)
+        total = _reduce("add", values[0] + values[1])
+        for i, word in enumerate((scale * T.float32(1 << shift), total)):
+            store(codes, T.reinterpret("int8x4", word), row, start + GROUP + 4 * i)
+        start = start + codes.shape[1] // fmt.digits
 
 
 def _reduce(operation: str, vector: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.{operation}", vector)
 
 
+_Sizes = Callable[["_Tile"], Sequence[int]]
+"""The rows of the blocks that activations are cut in for a tile, the largest first."""
+
 _Block = Callable[["_Tile", Expr, Expr, int], None]
 """Emits a tile's product with some activation rows: tile, its index, first row, rows."""
 
-_Word = Callable[[int, int | Expr], Expr]
-"""Reads the word at a byte of an activation row's record, as int32."""
+
+class _Word(Protocol):
+    """Reads words from a byte of an activation row's record on, as int32."""
+
+    def __call__(self, r: int, at: int | Expr, count: int = 1) -> Expr: ...
 
 
-def _offsets(group: "_Group", rows: int, word: _Word) -> list[Expr]:
-    """What the zero-points of a group add to the dot product with each activation row."""
-    zeros = hold(group.zeros())
-    # A row's sum fits its low half, and LLVM multiplies 16 bits faster than 32.
-    lows = [T.cast(word(r, GROUP + 4), "int16") for r in range(rows)]
-    return [zeros * T.cast(T.int16(0) - low, "int32") for low in lows]
+_Offset = Callable[[int], Expr]
+"""What the zero-points of a group add to the dot product with an activation row."""
 
 
-def _dots_vnni(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
-    def dot(name: str, total: Expr, left: Expr, right: Expr) -> Expr:
-        return T.call_llvm_pure_intrin(
-            "int32x16", f"llvm.x86.avx512.{name}.512", total, left, right
-        )
-
-    def spread_word(r: int, at: int, dtype: str) -> Expr:
-        return T.reinterpret(dtype, T.broadcast(word(r, at), ROW_TILE))
-
+def _dots_vnni(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    # A row's dot products wait for each other; many rows fill the pipeline, one takes two sums.
+    chains = 2 if rows == 1 else 1
     dots = [[_Register("int32x16", 0) for _ in range(chains)] for _ in range(rows)]
-    # A row's sum fits the low half of its word; the high half, its sign, meets a 0.
-    negative = hold((T.int32(0) - group.zeros()) & T.int32(0xFFFF))
-    negative = T.reinterpret("int16x32", negative)
     for r, (first, *_) in enumerate(dots):
-        first.set(dot("vpdpwssd", first.get(), negative, spread_word(r, GROUP + 4, "int16x32")))
+        first.set(offset(r))
     for quad in range(QUADS):
         codes = T.reinterpret("uint8x64", hold(group.quad(quad)))
-        for r, chain in enumerate(dots):
-            total = chain[(quad + 1) % chains]
-            total.set(dot("vpdpbusd", total.get(), codes, spread_word(r, 4 * quad, "int8x64")))
-    return [functools.reduce(operator.add, (part.get() for part in chain)) for chain in dots]
+        for r, sums in enumerate(dots):
+            dot = sums[(quad + 1) % chains]
+            x = T.reinterpret("int8x64", T.broadcast(word(r, 4 * quad), ROW_TILE))
+            name = "llvm.x86.avx512.vpdpbusd.512"
+            dot.set(T.call_llvm_pure_intrin("int32x16", name, dot.get(), codes, x))
+    return [functools.reduce(operator.add, (dot.get() for dot in sums)) for sums in dots]
 
 
-def _dots_avx2(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
+def _dots_avx2(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
     """Sums pairs of products in int16, and those of several quads before they are widened.
 
     A pair is at most ``2 * 127 * top`` for codes up to ``top``. At 4 bits and less the 8 quads of a
     group fit, as ``8 * 2 * 127 * 15 = 30480``; at 5 bits 4 quads and at 6 bits 2. At 8 bits not
     even one pair does: high and low nibbles are summed apart, and widening weighs them.
     """
-    del chains  # a format's int16 sums are chains already
-    offsets = _offsets(group, rows, word)
     fmt = group.tile.fmt
-    nibbles = [(0, 1), (4, 16)] if fmt.bits == 8 else [(0, 1)]
-    top = 15 if fmt.bits == 8 else fmt.levels - 1 << group.tile.shift
+    nibbles = [(0, 1), (4, 16)] if fmt.value_bits == 8 else [(0, 1)]
+    top = 15 if fmt.value_bits == 8 else fmt.top << group.tile.shift
     step = min(QUADS, 32767 // (2 * 127 * top))
     dots = [_Register("int32x16") for _ in range(rows)]
     for first in range(0, QUADS, step):
@@ -384,7 +420,7 @@ def _dots_avx2(group: "_Group", rows: int, word: _Word, chains: int) -> list[Exp
         for quad in range(first, first + step):
             codes = hold(group.quad(quad))
             parts = [codes]
-            if fmt.bits == 8:
+            if fmt.value_bits == 8:
                 parts = [hold(codes >> _u32(shift) & _u32(0x0F0F0F0F)) for shift, _ in nibbles]
             for r, by_nibble in enumerate(sums):
                 x = T.reinterpret("int8x64", T.broadcast(word(r, 4 * quad), ROW_TILE))
@@ -396,7 +432,7 @@ def _dots_avx2(group: "_Group", rows: int, word: _Word, chains: int) -> list[Exp
                         pairs = T.call_llvm_pure_intrin("int16x32", name, total.get(), pairs)
                     total.set(pairs)
         for r, by_nibble in enumerate(sums):
-            value = dots[r].get() if first else offsets[r]
+            value = dots[r].get() if first else offset(r)
             for total, (_, weight) in zip(by_nibble, nibbles, strict=True):
                 weights = T.broadcast(T.int16(weight), 2 * ROW_TILE)
                 value = value + _by_halves("pmadd.wd", "int32", total.get(), weights)
@@ -404,14 +440,14 @@ def _dots_avx2(group: "_Group", rows: int, word: _Word, chains: int) -> list[Exp
     return [dot.get() for dot in dots]
 
 
-def _by_halves(name: str, dtype: str, *operands: Expr) -> Expr:
-    """An AVX2 operation on operands of 64 bytes, as two on 32."""
+def _by_halves(name: str, dtype: str, *operands: Expr, shrink: int = 2) -> Expr:
+    """An AVX2 operation on operands of 64 bytes, as two on 32; lanes become fewer by ``shrink``."""
 
     def half(vector: Expr, index: int) -> Expr:
         lanes = vector.ty.dtype.lanes // 2
         return T.Shuffle([vector], list(range(index * lanes, (index + 1) * lanes)))
 
-    lanes = operands[0].ty.dtype.lanes // 4
+    lanes = operands[0].ty.dtype.lanes // (2 * shrink)
     results = [
         T.call_llvm_pure_intrin(
             f"{dtype}x{lanes}", f"llvm.x86.avx2.{name}", *(half(o, index) for o in operands)
@@ -421,12 +457,140 @@ def _by_halves(name: str, dtype: str, *operands: Expr) -> Expr:
     return T.Shuffle(results, list(range(2 * lanes)))
 
 
-def _dots_generic(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
-    del chains  # LLVM is free to make its own
-    offsets = _offsets(group, rows, word)
+def _dots_avxvnni(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
     dots = [_Register("int32x16") for _ in range(rows)]
     for r, dot in enumerate(dots):
-        dot.set(offsets[r])
+        dot.set(offset(r))
+    for quad in range(QUADS):
+        codes = T.reinterpret("uint8x64", hold(group.quad(quad)))
+        for r, dot in enumerate(dots):
+            x = T.reinterpret("int8x32", T.broadcast(word(r, 4 * quad), ROW_TILE // 2))
+            parts = zip(_parts(dot.get(), 2), _parts(codes, 2), strict=True)
+            dot.set(_join([_call("x86.avx512.vpdpbusd.256", "int32x8", *p, x) for p in parts]))
+    return [dot.get() for dot in dots]
+
+
+def _dots_dotprod(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    """Signed products, each with one of the 4 quads of activations that a register holds."""
+    dots = [_Register("int32x16") for _ in range(rows)]
+    for r, dot in enumerate(dots):
+        dot.set(_signed_offset(group, word, offset, r))
+    for half in range(0, QUADS, 4):
+        x = [hold(word(r, 4 * half, 4)) for r in range(rows)]
+        for i in range(4):
+            codes = T.reinterpret("int8x64", hold(_signed_quad(group, half + i)))
+            for dot, words in zip(dots, x, strict=True):
+                dot.set(_by_quarters("sdot", dot.get(), codes, words, i))
+    return [dot.get() for dot in dots]
+
+
+def _dots_i8mm(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    """Two activation rows at once: products of 2 x 8 codes with 8 x 2 activations."""
+    dots = [_Register("int32x16") for _ in range(rows)]
+    if rows == 1:
+        dots[0].set(offset(0))
+        for half in range(0, QUADS, 4):
+            x = hold(word(0, 4 * half, 4))
+            for i in range(4):
+                codes = T.reinterpret("int8x64", hold(group.quad(half + i, _unpack_bytes)))
+                dots[0].set(_by_quarters("usdot", dots[0].get(), codes, x, i))
+        return [dots[0].get()]
+    pairs = [_Register("int32x32", 0) for _ in range(rows // 2)]
+    for half in range(0, QUADS, 4):
+        x = [hold(word(r, 4 * half, 4)) for r in range(rows)]
+        for i in (0, 2):
+            quads = (group.quad(half + i + j, _unpack_bytes) for j in (0, 1))
+            left, right = (_parts(hold(quad), 4) for quad in quads)
+            # A register of each has 4 rows of 4 codes; these have 2 rows of 8.
+            codes = [
+                T.reinterpret(
+                    "int8x16", hold(T.Shuffle([a, b], [first, first + 4, first + 1, first + 5]))
+                )
+                for a, b in zip(left, right, strict=True)
+                for first in (0, 2)
+            ]
+            for p, pair in enumerate(pairs):
+                both = T.Shuffle(x[2 * p : 2 * p + 2], [i, i + 1, i + 4, i + 5])
+                both = T.reinterpret("int8x16", hold(both))
+                sums = zip(_parts(pair.get(), 8), codes, strict=True)
+                pair.set(_join([_call("aarch64.neon.usmmla", "int32x4", *s, both) for s in sums]))
+    for p, pair in enumerate(pairs):
+        for r in (0, 1):
+            dot = T.Shuffle([pair.get()], list(range(r, 2 * ROW_TILE, 2)))
+            dots[2 * p + r].set(dot + offset(2 * p + r))
+    return [dot.get() for dot in dots]
+
+
+def _dots_neon(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    """Sums products of several quads in int16, then pairs of those in int32.
+
+    Activations run from -128, as low digits do. Codes up to 31 let all 8 quads of a group fit, as
+    ``8 * 128 * 31 = 31744``; at 6 bits 4 quads do, and at 8 bits, where codes run from -128, one.
+    """
+    fmt = group.tile.fmt
+    top = 128 if fmt.value_bits == 8 else fmt.top << group.tile.shift
+    step = min(QUADS, 32767 // (128 * top))
+    pairs = [_Register("int32x32", 0) for _ in range(rows)]
+    for first in range(0, QUADS, step):
+        sums = [_Register("int16x64") for _ in range(rows)]
+        for quad in range(first, first + step):
+            codes = T.reinterpret("int8x64", hold(_signed_quad(group, quad)))
+            for r, total in enumerate(sums):
+                x = T.reinterpret("int8x8", T.broadcast(word(r, 4 * quad), 2))
+                products = [_call("aarch64.neon.smull", "int16x8", c, x) for c in _parts(codes, 8)]
+                product = _join(products)
+                total.set(total.get() + product if quad > first else product)
+        for pair, total in zip(pairs, sums, strict=True):
+            added = [_call("aarch64.neon.saddlp", "int32x4", s) for s in _parts(total.get(), 8)]
+            pair.set(pair.get() + _join(added))
+    even, odd = (list(range(i, 2 * ROW_TILE, 2)) for i in (0, 1))
+    return [
+        T.Shuffle([pair.get()], even)
+        + T.Shuffle([pair.get()], odd)
+        + _signed_offset(group, word, offset, r)
+        for r, pair in enumerate(pairs)
+    ]
+
+
+def _by_quarters(name: str, sums: Expr, codes: Expr, words: Expr, i: int) -> Expr:
+    """Sums plus NEON's dot products of codes with a word of activations."""
+    x = T.reinterpret("int8x16", T.Shuffle([words], [i] * 4))
+    parts = zip(_parts(sums, 4), _parts(codes, 4), strict=True)
+    return _join([_call(f"aarch64.neon.{name}", "int32x4", *p, x) for p in parts])
+
+
+def _signed_quad(group: "_Group", quad: int) -> Expr:
+    """A quad's codes as int8: all but those of 8 bits are, and these are less 128."""
+    flip = 0x80 if group.tile.fmt.value_bits == 8 else 0
+    return group.quad(quad, _unpack_bytes, flip)
+
+
+def _signed_offset(group: "_Group", word: _Word, offset: _Offset, r: int) -> Expr:
+    """The offset of row ``r`` for the codes of ``_signed_quad``: 128 times the sum comes back."""
+    if group.tile.fmt.value_bits < 8:
+        return offset(r)
+    return offset(r) + T.broadcast(word(r, GROUP + 4) << 7, ROW_TILE)
+
+
+def _parts(vector: Expr, count: int) -> list[Expr]:
+    """A vector cut in vectors."""
+    lanes = vector.ty.dtype.lanes // count
+    return [T.Shuffle([vector], list(range(i * lanes, (i + 1) * lanes))) for i in range(count)]
+
+
+def _join(parts: list[Expr]) -> Expr:
+    """Vectors in a row as one."""
+    return T.Shuffle(parts, list(range(sum(p.ty.dtype.lanes for p in parts))))
+
+
+def _call(name: str, dtype: str, *operands: Expr) -> Expr:
+    return T.call_llvm_pure_intrin(dtype, f"llvm.{name}", *operands)
+
+
+def _dots_generic(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    dots = [_Register("int32x16") for _ in range(rows)]
+    for r, dot in enumerate(dots):
+        dot.set(offset(r))
     with T.serial(0, QUADS) as quad:
         codes = hold(group.quad(quad))
         for i in range(4):
@@ -436,24 +600,27 @@ def _dots_generic(group: "_Group", rows: int, word: _Word, chains: int) -> list[
     return [dot.get() for dot in dots]
 
 
-_DOTS: Final[dict[str, Callable[["_Group", int, _Word, int], list[Expr]]]] = {
+_DOTS: Final[dict[str, Callable[["_Group", int, _Word, _Offset], list[Expr]]]] = {
     "avx512vnni": _dots_vnni,
+    "avxvnni": _dots_avxvnni,
     "avx2": _dots_avx2,
+    "i8mm": _dots_i8mm,
+    "dotprod": _dots_dotprod,
+    "neon": _dots_neon,
     "generic": _dots_generic,
 }
-"""Dot products of a group's codes less zero-points with some activation rows, a few chains each."""
+"""Dot products of a group's codes with those of some activation rows, plus the rows' offsets."""
 
 
 class _Register:
-    """A vector that keeps its value across statements; starts undefined, or as a float."""
+    """A vector that keeps its value across statements; starts undefined, or as a number."""
 
     def __init__(self, dtype: str, value: float | None = None) -> None:
         element, _, lanes = dtype.partition("x")
         self._lanes = int(lanes)
         self._buffer = scratch(self._lanes, dtype=element)
         if value is not None:
-            zero = T.float32(value) if element == "float32" else T.int32(int(value))
-            self.set(T.broadcast(zero, self._lanes))
+            self.set(T.broadcast(tirx.const(value, element), self._lanes))
 
     def get(self) -> Expr:
         return load(self._buffer, 0, lanes=self._lanes)
@@ -468,13 +635,13 @@ class _Weight:
 
     data: Any
     table: Any
-    known: Sequence[Format]
+    known: tuple[Format, ...]
 
     @classmethod
-    def declare(cls, known: Sequence[Format]) -> "_Weight":
-        """Declares them as the next parameters."""
+    def declare(cls, known: tuple[Format, ...]) -> "_Weight":
+        """Declares them as the next parameters; ``known`` has a format of every layout."""
         size, tiles = symbol("size"), symbol("tiles")
-        return cls(param("W", (size,), "uint8"), param("table", (tiles, 2), "int32"), known)
+        return cls(param("W", (size,), "uint8"), param("table", (tiles, 3), "int32"), known)
 
     @property
     def tiles(self) -> Expr:
@@ -499,13 +666,17 @@ class _Weight:
             store(t, now + 1, 0)
         return hold(now)
 
-    def formats(self, t: Expr, count: Expr, row: Expr | None = None) -> Iterator["_Tile"]:
-        """Tile ``t`` of ``count`` groups once for every format, each time inside its branch."""
-        bits = hold(load(self.table, t, 0, lanes=1))
-        base = hold(T.cast(load(self.table, t, 1, lanes=1), "int64") * VECTOR)
+    def formats(
+        self, instructions: Instructions, t: Expr, count: Expr, row: Expr | None = None
+    ) -> Iterator["_Tile"]:
+        """Tile ``t`` of ``count`` groups once for every layout, each time inside its branch."""
+        layout = hold(load(self.table, t, 0, lanes=1))
+        base, entries = (
+            hold(T.cast(load(self.table, t, i, lanes=1), "int64") * VECTOR) for i in (1, 2)
+        )
         for fmt in self.known:
-            with _when(bits == fmt.bits):
-                yield _Tile(self.data, base, count, fmt, row)
+            with _when(layout == fmt.layout):
+                yield _Tile(self.data, base, count, fmt, row, _Codebook(instructions, entries))
 
 
 @dataclass(frozen=True, slots=True)
@@ -517,6 +688,7 @@ class _Tile:
     count: Expr
     fmt: Format
     row: Expr | None
+    codebook: "_Codebook"
 
     @contextmanager
     def groups(self, ahead: int = 0) -> Iterator["_Group"]:
@@ -562,13 +734,72 @@ class _Tile:
     @property
     def shift(self) -> int:
         """The bits that codes are shifted left by to make zero-points whole."""
-        return max(0, ZERO_BITS - self.fmt.bits)
+        return max(0, ZERO_BITS - self.fmt.value_bits)
 
     def lanes(self, start: Expr, dtype: str, size: int) -> Expr:
         """One value of ``size`` bytes a lane, of 16 values that start at ``start``."""
         if self.row is None:
             return T.reinterpret(f"{dtype}x16", load(self.data, start, lanes=ROW_TILE * size))
         return T.reinterpret(dtype, load(self.data, start + self.row * size, lanes=size))
+
+
+@dataclass(frozen=True, slots=True)
+class _Codebook:
+    """How the codes of a non-uniform format become the entries at ``start``."""
+
+    instructions: Instructions
+    start: Expr
+
+    def entries(self, tile: _Tile, codes: Expr, flip: int = 0) -> Expr:
+        """What 4 codes a lane, a byte each, look up, with the bits ``flip`` inverted."""
+        lookup = _LOOKUPS[self.instructions] if tile.row is None else _lookup_generic
+        return lookup(tile.data, self.start, codes, flip)
+
+
+def _entries(data: Any, start: Expr, lanes: int, flip: int) -> Expr:
+    return hold(load(data, start, lanes=lanes) ^ T.uint8(flip))
+
+
+def _lookup_vnni(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    entries = _entries(data, start, VECTOR, flip)
+    index = T.reinterpret("uint8x64", codes)
+    found = T.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.pshuf.b.512", entries, index)
+    return T.reinterpret("uint32x16", found)
+
+
+def _lookup_avx2(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    entries = _entries(data, start, VECTOR, flip)
+    found = _by_halves("pshuf.b", "uint8", entries, T.reinterpret("uint8x64", codes), shrink=1)
+    return T.reinterpret("uint32x16", found)
+
+
+def _lookup_neon(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    entries = _entries(data, start, VECTOR // 4, flip)
+    parts = _parts(T.reinterpret("uint8x64", codes), 4)
+    found = [_call("aarch64.neon.tbl1", "uint8x16", entries, part) for part in parts]
+    return T.reinterpret("uint32x16", _join(found))
+
+
+def _lookup_generic(data: Any, start: Expr, codes: Expr, flip: int) -> Expr:
+    """Reads an entry for every byte."""
+    found = None
+    for i in range(4):
+        index = start + _cast(codes >> _u32(8 * i) & _u32(255), "int64")
+        entry = (_cast(data[index], "uint32") ^ _u32(flip)) << _u32(8 * i)
+        found = entry if found is None else found | entry
+    return found
+
+
+_LOOKUPS: Final[dict[str, Callable[[Any, Expr, Expr, int], Expr]]] = {
+    "avx512vnni": _lookup_vnni,
+    "avxvnni": _lookup_avx2,
+    "avx2": _lookup_avx2,
+    "i8mm": _lookup_neon,
+    "dotprod": _lookup_neon,
+    "neon": _lookup_neon,
+    "generic": _lookup_generic,
+}
+"""Byte shuffles: from the data, where the entries start, codes, and bits to flip to entries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -586,19 +817,23 @@ class _Group:
         start = hold(self.index * GROUP)
         return start, hold(T.min(k - start, T.int64(GROUP)))
 
-    def quad(self, quad: int | Expr) -> Expr:
-        """The codes of 4 columns, a byte each, in units that make zero-points whole."""
+    def quad(self, quad: int | Expr, unpack: "_Unpack | None" = None, flip: int = 0) -> Expr:
+        """The codes of 4 columns, a byte each, in units that make zero-points whole.
+
+        With the bits ``flip`` of every code inverted, which costs nothing in a codebook.
+        """
         codes, low = None, 0
         for width in self.tile.fmt.planes:
             vector = low + quad * width // 8
             words = self.tile.lanes(self.at_codes + vector * VECTOR, "uint32", 4)
             if width < 8:
-                words = words >> _u32(quad % (8 // width) * width)
-                words = words & _u32(0x01010101 * ((1 << width) - 1))
-                words = words << _u32(low + self.tile.shift)
+                at, to = quad % (8 // width) * width, low + self.tile.shift
+                words = (unpack or _unpack_words)(words, at, width, to)
             codes = words if codes is None else codes | words
             low += width
-        return codes
+        if self.tile.fmt.codebook:
+            return self.tile.codebook.entries(self.tile, codes, flip)
+        return codes ^ _u32(0x01010101 * flip) if flip else codes
 
     def scales(self) -> Expr:
         """The scales as float32."""
@@ -612,7 +847,7 @@ class _Group:
             words = words >> T.cast(T.ramp(0, 1, ROW_TILE) // 2 * 4, "uint32x16")
         else:
             words = T.cast(both >> T.cast(row % 2 * 32 + row // 2 * 4, "uint64"), "uint32")
-        shift = max(0, self.tile.fmt.bits - ZERO_BITS)
+        shift = max(0, self.tile.fmt.value_bits - ZERO_BITS)
         return _cast((words & _u32(15)) << _u32(shift), "int32")
 
     def float_zeros(self) -> Expr:
@@ -625,6 +860,20 @@ class _Group:
         Written into the fraction of 2**23, a code becomes a float without a conversion.
         """
         return _reinterpret(codes & _u32(255) | _u32(0x4B000000), "float32") - float_zeros
+
+
+_Unpack = Callable[[Expr, Any, int, int], Expr]
+"""Takes ``width`` bits of every byte of words from a bit on, and moves them to another bit."""
+
+
+def _unpack_words(words: Expr, at: int | Expr, width: int, to: int) -> Expr:
+    return (words >> _u32(at) & _u32(0x01010101 * ((1 << width) - 1))) << _u32(to)
+
+
+def _unpack_bytes(words: Expr, at: int, width: int, to: int) -> Expr:
+    """Where bytes can be shifted: what a shift drops needs no mask."""
+    codes = T.reinterpret("uint8x64", words) >> T.uint8(at) & T.uint8((1 << width) - 1)
+    return T.reinterpret("uint32x16", codes << T.uint8(to))
 
 
 @contextmanager

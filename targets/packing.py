@@ -22,8 +22,11 @@ codes       ``[n, bits, 64]``: the vectors of every plane; quad ``q`` lies in th
 Scales close to their codes make the whole weight one stream that hardware prefetchers follow: with
 the scales of a tile behind all its codes, a GEMV of 640 columns ran at half the speed of memory.
 
-The table says for every tile how many bits its codes have and where it starts, in units of 64
-bytes. Tiles lie in row order without gaps.
+Tiles lie in row order. After them comes a vector for each non-uniform format in use: the entries
+that its codes look up, repeated to fill it, which is the operand of a byte shuffle.
+
+The tile table says for every tile the layout of its format, where it starts and where the vector of
+its entries lies (0 where it has none), both in units of 64 bytes.
 """
 
 import itertools
@@ -36,6 +39,7 @@ from numpy.typing import NDArray
 
 from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, Format, groups
 from mxcompile.plan import ROW_TILE, TileFormats, tile_bytes
+from mxcompile.quantize import codebook_of, rows_by_format
 
 VECTOR: Final = 64
 """Bytes of a vector; the unit of offsets."""
@@ -52,7 +56,8 @@ QUADS: Final = GROUP // 4
 _CHUNK_BYTES: Final = 1 << 24
 """Codes that are packed at once: small enough that temporaries stay far below 200 MB."""
 
-_BY_BITS: Final = {fmt.bits: fmt for fmt in FORMATS.values()}
+_BY_LAYOUT: Final = {fmt.layout: fmt for fmt in FORMATS.values()}
+"""A format of each layout: all that is to be known where codes are unpacked."""
 
 U8 = NDArray[np.uint8]
 S = TypeVar("S", bound=np.generic)
@@ -60,7 +65,7 @@ S = TypeVar("S", bound=np.generic)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """A packed weight: its bytes and, for every tile, the row ``(bits, offset / 64)``."""
+    """A packed weight: its bytes and, for every tile, the row ``(layout, offset, entries)``."""
 
     data: U8
     table: NDArray[np.int32]
@@ -71,10 +76,12 @@ def pack(
 ) -> Packed:
     """Pack codes ``[rows, columns]``, scales and zeros ``[rows, groups]``, row scales ``[rows]``.
 
-    Rows that pad the last tile have a row scale of 0, columns that pad the last group code 0.
+    Codes of non-uniform formats are given as the entries that they look up. Rows that pad the last
+    tile have a row scale of 0, columns that pad the last group code 0.
 
     Raises:
-        ValueError: the shapes do not fit each other or the formats, or a code has too many bits.
+        ValueError: the shapes do not fit each other or the formats, a code has too many bits, or a
+            codebook too many entries.
     """
     rows, columns = codes.shape
     shape = (rows, groups(columns))
@@ -84,16 +91,30 @@ def pack(
         raise ValueError(f"{rows} rows do not make {len(formats.formats)} tiles")
     table = _table(formats.formats, columns)
     blocks = sum(tile_bytes(columns, fmt) for fmt in formats.formats) // VECTOR
-    data = np.empty((blocks, VECTOR), np.uint8)
-    for fmt, tiles in _chunks(table, columns):
-        packed = _pack_tiles(
-            _rows_of(codes, tiles),
-            _rows_of(scales, tiles),
-            _rows_of(zeros, tiles),
-            _rows_of(row_scale, tiles),
-            fmt,
-        )
-        data[_blocks_of(table, tiles, packed.shape[1] // VECTOR)] = packed.reshape(-1, VECTOR)
+    codebooks = [fmt for fmt in dict.fromkeys(formats.formats) if fmt.codebook]
+    data = np.empty((blocks + len(codebooks), VECTOR), np.uint8)
+    for fmt, index in rows_by_format(formats, rows):
+        ours = index[::ROW_TILE] // ROW_TILE
+        stored = None
+        if fmt.codebook:
+            entries = codebook_of(codes[index])
+            if len(entries) > fmt.levels:
+                raise ValueError(f"{len(entries)} entries, the codebook of {fmt} has {fmt.levels}")
+            stored = np.zeros(256, np.uint8)
+            stored[entries] = np.arange(len(entries))
+            table[ours, 2] = blocks + codebooks.index(fmt)
+            data[blocks + codebooks.index(fmt)] = np.resize(np.resize(entries, fmt.levels), VECTOR)
+        for tiles in _chunks(ours, columns):
+            looked_up = _rows_of(codes, tiles)
+            packed = _pack_tiles(
+                looked_up if stored is None else stored[looked_up],
+                _rows_of(scales, tiles),
+                _rows_of(zeros, tiles),
+                _rows_of(row_scale, tiles),
+                fmt,
+            )
+            at = _blocks_of(table, tiles, packed.shape[1] // VECTOR)
+            data[at] = packed.reshape(-1, VECTOR)
     return Packed(data.reshape(-1), table)
 
 
@@ -106,38 +127,44 @@ def unpack(packed: Packed, rows: int, columns: int) -> tuple[U8, U8, U8, NDArray
     row_scale = np.empty(padded, np.float16)
     wholes: tuple[NDArray[Any], ...] = (codes, scales, zeros, row_scale)
     data = packed.data.reshape(-1, VECTOR)
-    for fmt, tiles in _chunks(packed.table, columns):
-        size = tile_bytes(columns, fmt)
-        block = data[_blocks_of(packed.table, tiles, size // VECTOR)].reshape(-1, size)
-        index = (tiles[:, None] * ROW_TILE + np.arange(ROW_TILE)).reshape(-1)
-        parts = _unpack_tiles(block, columns, fmt)
-        for whole, part in zip(wholes, parts, strict=True):
-            whole[index] = part
+    for layout, _, entries in np.unique(packed.table[:, [0, 0, 2]], axis=0):
+        fmt = _BY_LAYOUT[int(layout)]
+        same = (packed.table[:, 0] == layout) & (packed.table[:, 2] == entries)
+        for tiles in _chunks(np.flatnonzero(same), columns):
+            size = tile_bytes(columns, fmt)
+            block = data[_blocks_of(packed.table, tiles, size // VECTOR)].reshape(-1, size)
+            index = (tiles[:, None] * ROW_TILE + np.arange(ROW_TILE)).reshape(-1)
+            parts = _unpack_tiles(block, columns, fmt)
+            for whole, part in zip(wholes, parts, strict=True):
+                whole[index] = part
+            if fmt.codebook:
+                codes[index] = data[entries][codes[index]]
     return codes[:rows], scales[:rows], zeros[:rows], row_scale[:rows]
 
 
 def concat(parts: Sequence[Packed]) -> Packed:
     """One weight whose tiles are those of ``parts`` in order; all have the same columns."""
     starts = itertools.accumulate((len(p.data) // VECTOR for p in parts), initial=0)
-    tables = [
-        p.table + np.array([0, start], np.int32) for p, start in zip(parts, starts, strict=False)
-    ]
+    tables = []
+    for part, start in zip(parts, starts, strict=False):
+        table = part.table + np.array([0, start, start], np.int32)
+        table[part.table[:, 2] == 0, 2] = 0
+        tables.append(table)
     return Packed(np.concatenate([p.data for p in parts]), np.concatenate(tables))
 
 
 def _table(formats: Sequence[Format], columns: int) -> NDArray[np.int32]:
     sizes = np.array([tile_bytes(columns, fmt) // VECTOR for fmt in formats], np.int64)
     offsets = np.cumsum(sizes) - sizes
-    return np.stack([np.array([fmt.bits for fmt in formats]), offsets], axis=1).astype(np.int32)
+    layouts = np.array([fmt.layout for fmt in formats])
+    return np.stack([layouts, offsets, np.zeros_like(offsets)], axis=1).astype(np.int32)
 
 
-def _chunks(table: NDArray[np.int32], columns: int) -> Iterator[tuple[Format, NDArray[np.int64]]]:
-    """Runs of tiles that share a format: vectorised work whatever order the tiles have."""
+def _chunks(tiles: NDArray[np.int64], columns: int) -> Iterator[NDArray[np.int64]]:
+    """Tiles of one format, so many at a time that temporaries stay small."""
     step = max(1, _CHUNK_BYTES // (ROW_TILE * GROUP * groups(columns)))
-    for bits in np.unique(table[:, 0]):
-        tiles = np.flatnonzero(table[:, 0] == bits)
-        for start in range(0, len(tiles), step):
-            yield _BY_BITS[int(bits)], tiles[start : start + step]
+    for start in range(0, len(tiles), step):
+        yield tiles[start : start + step]
 
 
 def _blocks_of(table: NDArray[np.int32], tiles: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -85,7 +85,7 @@ def test_a_first_word_that_is_no_verb_is_a_model(
     assert "bits per weight" in out and "int4 60.0 %" in out and "time      solve" in out
     (job,) = compiler
     assert (job.model, job.budgets, job.output) == (model, ("3bit", "1MB"), Path("x.mxc"))
-    assert (job.force, job.target, job.activations, job.kv_dtype) == (True, "x86", "int8", "fp16")
+    assert (job.force, job.target, job.activations, job.kv_dtype) == (True, "x86", "auto", "fp16")
     run("--target", "arm", model)
     assert (compiler[1].target, compiler[1].budgets) == ("arm", ("4.2bit",))
     assert compiler[1].output == Path("toy.mxc")
@@ -112,6 +112,13 @@ def test_plan_writes_and_sweeps(run: Run, compiler: list[Any], model: Path) -> N
     code, out, _ = run("plan", model, "--sweep")
     assert code == 0 and "0.1235" in out
     assert len(json.loads(run("plan", model, "--sweep", "--json")[1])) == 2
+
+
+def test_the_strategy_of_a_plan(run: Run, compiler: list[Any], model: Path) -> None:
+    run("plan", model)
+    run("plan", model, "--strategy", "mse")
+    run(model, "--strategy", "owq")
+    assert [job.strategy for job in compiler] == ["ours", "mse", "owq"]
 
 
 def test_run_streams_text(run: Run, compiled: Path) -> None:
@@ -203,7 +210,7 @@ def test_inspect_and_list(run: Run, compiled: Path, model: Path) -> None:
     assert "2 int4, 1 int8" in run("inspect", compiled / "toy.mxc")[1]
     assert "2 int4, 1 int8" in run("inspect", compiled / "toy.mxc" / "plan.json")[1]
     assert "attention_mask: INT64[batch, total]" in run("inspect", model)[1]
-    for what in ("targets", "formats", "passes"):
+    for what in ("targets", "formats", "passes", "strategies"):
         code, out, _ = run("list", what)
         assert code == 0 and out.startswith("| name")
         assert {"name", "description"} <= json.loads(run("list", what, "--json")[1])[0].keys()

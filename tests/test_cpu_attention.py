@@ -13,17 +13,21 @@ from tvm import relax
 
 from mxcompile.targets.cpu_attention import Attention, Mask, append, attend, attend_all, rotary
 from mxcompile.targets.cpu_norm import Columns, Simd
+from tests import arm
 
 Array = NDArray[Any]
 
-TARGETS = {"znver4": Simd(16, 2), "haswell": Simd(8, 2)}
+TARGETS = {"znver4": Simd(16, 2), "haswell": Simd(8, 2), "neon": Simd(4, 2)}
 LONGEST = 450
 
 
 @pytest.fixture(params=TARGETS)
 def mcpu(request: pytest.FixtureRequest, needs: Callable[[str], None]) -> str:
-    """An LLVM CPU that this machine can run code for."""
-    needs({"znver4": "avx512f", "haswell": "avx2"}[request.param])
+    """An LLVM CPU that this machine can run code for, or ARM's instructions."""
+    if request.param in arm.CPUS:
+        arm.require()
+    else:
+        needs({"znver4": "avx512f", "haswell": "avx2"}[request.param])
     return str(request.param)
 
 
@@ -36,6 +40,8 @@ def compiled(function: Callable[[relax.BlockBuilder], None], mcpu: str) -> Any:
     """Build the ``main`` that ``function`` emits."""
     builder = relax.BlockBuilder()
     function(builder)
+    if mcpu in arm.CPUS:
+        return arm.machine(mcpu).program(builder.get())
     target = tvm.target.Target({"kind": "llvm", "mcpu": mcpu, "num-cores": 2})
     executable = tvm.compile(builder.get(), target=target)
     main = relax.VirtualMachine(executable, tvm.cpu())["main"]
@@ -190,6 +196,7 @@ def test_attend_matches_float64(case: str, mcpu: str, rng: np.random.Generator) 
         (Mask("bool"), "znver4"),
         (Mask(per_head=True, per_query=True), "znver4"),
         (Mask("bool", per_query=True), "haswell"),
+        (Mask("bool", per_head=True), "neon"),
     ],
     ids=str,
     indirect=["mcpu"],

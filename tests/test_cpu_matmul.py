@@ -4,6 +4,7 @@ Tolerances are rounding-error bounds: n float32 operations are off by at most n 
 of the magnitudes of the terms, to first order.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,8 +16,9 @@ import tvm
 from numpy.typing import NDArray
 
 from mxcompile import target
-from mxcompile.formats import FORMATS, GROUP, groups
+from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, GROUP, ActivationFormat, groups
 from mxcompile.plan import ROW_TILE, TileFormats
+from mxcompile.quantize import rows_by_format
 from mxcompile.targets import packing
 from mxcompile.targets.cpu_matmul import (
     RECORD,
@@ -25,44 +27,94 @@ from mxcompile.targets.cpu_matmul import (
     MatmulKernel,
     activation_bytes,
 )
+from tests import arm
 
 UNIT = 2.0**-24
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-REQUIRES = {"avx512vnni": "avx512_vnni", "avx2": "avx2", "generic": None}
-CPUS = {"avx512vnni": "cascadelake", "avx2": "haswell", "generic": None}
-NAMES = ("quantize_activation", "matmul_int8", "matmul_f32", "gather_rows")
+REQUIRES = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "avx2": "avx2", "generic": None}
+CPUS = {"avx512vnni": "cascadelake", "avxvnni": "alderlake", "avx2": "haswell", "generic": None}
+INT8, INT16 = ACTIVATION_FORMATS.values()
 
 
 @dataclass(frozen=True)
 class Library:
-    """The compiled kernels, called with arrays."""
+    """The compiled kernels: ``call`` takes a name and arrays, and gives the last one back."""
 
-    module: Any
-    kernel: MatmulKernel
+    call: Callable[..., Any]
 
     def __call__(self, name: str, *inputs: Any, shape: tuple[int, ...], dtype: str = "f4") -> Any:
         # What a kernel must write is NaN or 85 before.
-        out = tvm.runtime.tensor(np.full(shape, np.nan if dtype == "f4" else 85, dtype))
-        self.module[name](*(tvm.runtime.tensor(np.ascontiguousarray(x)) for x in inputs), out)
-        return out.numpy()
+        return self.call(name, *inputs, np.full(shape, np.nan if dtype == "f4" else 85, dtype))
 
 
 @cache
-def build(kernel: MatmulKernel, names: tuple[str, ...] = NAMES) -> Library:
-    """A kernel's functions; cached because it takes seconds."""
-    functions = {name: getattr(kernel, name)().with_attr("global_symbol", name) for name in names}
-    options = {"kind": "llvm"} | ({"mcpu": cpu} if (cpu := CPUS[kernel.instructions]) else {})
+def build(instructions: Instructions) -> Library:
+    """All kernels for some instructions; cached because it takes seconds."""
+    kernel = MatmulKernel(instructions)
+    made = {"matmul_f32": kernel.matmul_f32(), "gather_rows": kernel.gather_rows()}
+    for fmt in ACTIVATION_FORMATS.values():
+        made[f"quantize_{fmt}"] = kernel.quantize_activation(fmt)
+        made[f"matmul_{fmt}"] = kernel.matmul_quantized(fmt)
+    functions = {name: made[name].with_attr("global_symbol", name) for name in made}
+    if instructions in arm.CPUS:
+        return Library(arm.machine(instructions).kernels(functions))
+    options = {"kind": "llvm"} | ({"mcpu": cpu} if (cpu := CPUS[instructions]) else {})
     module = tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target(options))
-    return Library(module, kernel)
+
+    def call(name: str, *arrays: Any) -> Any:
+        tensors = [tvm.runtime.tensor(np.ascontiguousarray(x)) for x in arrays]
+        module[name](*tensors)
+        return tensors[-1].numpy()
+
+    return Library(call)
+
+
+def test_knobs_change_no_result() -> None:
+    """Sums inside a group are exact in any order, and groups are added in the same."""
+    knobs = (("int3", Knobs(row_block=3, prefetch=0)),)
+    made = {
+        "usual": MatmulKernel(formats=("int3",)).matmul_quantized(INT8),
+        "other": MatmulKernel("generic", ("int3",), knobs, jobs=3, chunk=8).matmul_quantized(INT8),
+    }
+    functions = {name: made[name].with_attr("global_symbol", name) for name in made}
+    module = tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target("llvm"))
+    weight = Weight.random(5 * ROW_TILE + 3, 640, TileFormats.parse("int3*6"))
+    rng = np.random.default_rng(0)
+    for m in (1, 13):
+        codes = rng.integers(-127, 128, (m, 20, RECORD), np.int8)
+        codes[..., GROUP : GROUP + 4] = np.full(1, 0.5, "<f4").view(np.int8)
+        codes[..., GROUP + 4 :] = (
+            codes[..., :GROUP].sum(2, dtype="<i4")[..., None].view(np.int8).reshape(m, 20, 4)
+        )
+        found = []
+        for name in made:
+            y = tvm.runtime.tensor(np.full((m, len(weight.values)), np.nan, np.float32))
+            arrays = (codes.reshape(m, -1), *weight.arguments)
+            module[name](*map(tvm.runtime.tensor, arrays), y)
+            found.append(y.numpy())
+        np.testing.assert_array_equal(*found)
 
 
 @pytest.fixture(params=get_args(Instructions))
 def library(request: pytest.FixtureRequest) -> Library:
-    needed = REQUIRES[request.param]
+    needed = REQUIRES.get(request.param)
     if needed and needed not in target.host_features():
         pytest.skip(f"this CPU lacks {needed}")
-    return build(MatmulKernel(request.param))
+    return build(request.param)
+
+
+def random_codes(
+    rng: np.random.Generator, rows: int, columns: int, formats: TileFormats
+) -> NDArray[np.uint8]:
+    """Random codes of every format; those of a codebook are entries of a random one."""
+    codes = np.empty((rows, columns), np.uint8)
+    for fmt, index in rows_by_format(formats, rows):
+        values = np.arange(fmt.levels, dtype=np.uint8)
+        if fmt.codebook:
+            values = np.sort(rng.choice(256, fmt.levels, replace=False)).astype(np.uint8)
+        codes[index] = values[rng.integers(0, fmt.levels, (len(index), columns))]
+    return codes
 
 
 @dataclass(frozen=True)
@@ -73,14 +125,14 @@ class Weight:
     @classmethod
     def random(cls, rows: int, columns: int, formats: TileFormats, seed: int = 0) -> "Weight":
         rng = np.random.default_rng(seed)
-        bits = np.repeat([fmt.bits for fmt in formats.formats], ROW_TILE)[:rows, None]
-        codes = rng.integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
+        codes = random_codes(rng, rows, columns, formats)
+        steps = np.repeat([fmt.zero_step for fmt in formats.formats], ROW_TILE)[:rows, None]
         shape = (rows, groups(columns))
         scales, zeros = (rng.integers(0, top, shape, dtype=np.uint8) for top in (256, 16))
         row_scale = rng.uniform(-1e-3, 1e-3, rows).astype(np.float16)
         row_scale[0] = 2.0**-24  # the smallest subnormal
         scale, zero = (np.repeat(a, GROUP, 1)[:, :columns].astype(float) for a in (scales, zeros))
-        values = row_scale.astype(float)[:, None] * scale * (codes - zero * 2.0 ** (bits - 4))
+        values = row_scale.astype(float)[:, None] * scale * (codes - zero * steps)
         return cls(packing.pack(codes, scales, zeros, row_scale, formats), values)
 
     @property
@@ -92,29 +144,38 @@ def activations(m: int, columns: int) -> F32:
     return np.random.default_rng(m).standard_normal((m, columns)).astype(np.float32)
 
 
-def quantized(library: Library, x: F32) -> NDArray[np.int8]:
-    shape = (len(x), activation_bytes(x.shape[1]))
-    return np.asarray(library("quantize_activation", x, shape=shape, dtype="i1"))
+def quantized(library: Library, x: F32, fmt: ActivationFormat = INT8) -> NDArray[np.int8]:
+    shape = (len(x), activation_bytes(x.shape[1], fmt))
+    return np.asarray(library(f"quantize_{fmt}", x, shape=shape, dtype="i1"))
 
 
-def parts(q: NDArray[np.int8]) -> tuple[NDArray[np.int8], F32, NDArray[np.int32]]:
-    """The codes [m, groups, 32], scales and sums [m, groups] of a quantized activation."""
-    records = q.reshape(len(q), -1, RECORD)
+def parts(q: NDArray[np.int8], digits: int = 1) -> tuple[NDArray[np.int8], F32, NDArray[np.int32]]:
+    """The codes [m * digits, groups, 32], scales and sums of a quantized activation."""
+    records = q.reshape(len(q) * digits, -1, RECORD)
     scales, sums = (np.ascontiguousarray(records[..., i : i + 4]) for i in (GROUP, GROUP + 4))
     return records[..., :GROUP], scales.view("<f4")[..., 0], sums.view("<i4")[..., 0]
 
 
-def check_int8(library: Library, weight: Weight, x: F32) -> None:
-    q = quantized(library, x)
-    codes, scales, _ = parts(q)
+def check_quantized(library: Library, weight: Weight, x: F32, fmt: ActivationFormat) -> None:
+    q = quantized(library, x, fmt)
+    codes, scales, _ = parts(q, fmt.digits)
     columns = x.shape[1]
-    seen = (codes * scales.astype(float)[..., None]).reshape(len(x), -1)[:, :columns]
+    seen = (codes * scales.astype(float)[..., None]).reshape(len(codes), -1)[:, :columns]
     rows = len(weight.values)
-    y = library("matmul_int8", q, *weight.arguments, shape=(len(x), rows))
+    y = library(f"matmul_{fmt}", q, *weight.arguments, shape=(len(x), rows))
     # A group is exact; its sum is rounded when multiplied by two scales and when added up.
     by_group = np.add.reduceat(seen[:, None] * weight.values, range(0, columns, GROUP), axis=2)
-    bound = (groups(columns) + 3) * UNIT * np.abs(by_group).sum(2)
-    assert (np.abs(y - by_group.sum(2)) <= bound).all()
+    by_row = by_group.reshape(len(x), fmt.digits, rows, -1)
+    bound = (fmt.digits * groups(columns) + 3) * UNIT * np.abs(by_row).sum((1, 3))
+    assert (np.abs(y - by_row.sum((1, 3))) <= bound).all()
+
+
+def check_int8(library: Library, weight: Weight, x: F32) -> None:
+    check_quantized(library, weight, x, INT8)
+
+
+def check_int16(library: Library, weight: Weight, x: F32) -> None:
+    check_quantized(library, weight, x, INT16)
 
 
 def check_f32(library: Library, weight: Weight, x: F32) -> None:
@@ -125,8 +186,8 @@ def check_f32(library: Library, weight: Weight, x: F32) -> None:
     assert (np.abs(y - terms.sum(2)) <= operations * UNIT * np.abs(terms).sum(2)).all()
 
 
-CHECKS = {"int8": check_int8, "f32": check_f32}
-MIX = "int8,int2,int5,int3,int6,int4"
+CHECKS = {"int8": check_int8, "int16": check_int16, "f32": check_f32}
+MIX = "table4,int2,table3,int3,nf4,int4"
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
@@ -161,39 +222,21 @@ def test_threads_share_bytes(library: Library, check: Callable[..., None], forma
 
 def test_the_worst_sums_do_not_overflow(library: Library) -> None:
     """All codes and activations at their ends, with either sign."""
+    low_digits = np.full((1, GROUP), -128, np.float32)  # as digits of 16 bits, all but the first
+    low_digits[0, 0] = INT16.top
+    inputs = [np.full((1, GROUP), sign, np.float32) for sign in (-1, 1)]
     for fmt in FORMATS.values():
-        codes = np.full((ROW_TILE, GROUP), fmt.levels - 1, np.uint8)
         ones = np.ones((ROW_TILE, 1), np.uint8)
         row_scale = np.ones(ROW_TILE, np.float16)
-        for zero in (0, 15):
+        for code, zero in itertools.product((0, fmt.top), (0, 15)):
+            codes = np.full((ROW_TILE, GROUP), code, np.uint8)
             packed = packing.pack(
                 codes, ones, ones * np.uint8(zero), row_scale, TileFormats((fmt,))
             )
-            values = np.full((ROW_TILE, GROUP), fmt.levels - 1 - zero * fmt.zero_step)
-            for sign in (-1, 1):
-                x = np.full((1, GROUP), sign, np.float32)
-                check_int8(library, Weight(packed, values), x)
-
-
-def test_knobs_change_no_result(library: Library) -> None:
-    """Sums inside a group are exact in any order, and groups are added in the same."""
-    knobs = (("int3", Knobs(row_block=3, chains=4, prefetch=640)),)
-    formats = ("int3",)
-    other = MatmulKernel(library.kernel.instructions, formats, knobs, jobs=3, chunk=8)
-    changed = build(other, ("matmul_int8",))
-    weight = Weight.random(5 * ROW_TILE + 3, 640, TileFormats.parse("int3*6"))
-    for m in (1, 13):
-        q, shape = quantized(library, activations(m, 640)), (m, len(weight.values))
-        expected = library("matmul_int8", q, *weight.arguments, shape=shape)
-        found = changed("matmul_int8", q, *weight.arguments, shape=shape)
-        np.testing.assert_array_equal(found, expected)
-
-
-def test_formats_that_a_kernel_leaves_out_are_not_computed() -> None:
-    weight = Weight.random(2 * ROW_TILE, 64, TileFormats.parse("int4,int3"))
-    only = build(MatmulKernel(formats=("int4",)), ("matmul_f32",))
-    y = only("matmul_f32", activations(1, 64), *weight.arguments, shape=(1, 2 * ROW_TILE))
-    assert np.isfinite(y[0, :ROW_TILE]).all() and np.isnan(y[0, ROW_TILE:]).all()
+            values = np.full((ROW_TILE, GROUP), code - zero * fmt.zero_step)
+            for x in (*inputs, low_digits):
+                for activation in ACTIVATION_FORMATS.values():
+                    check_quantized(library, Weight(packed, values), x, activation)
 
 
 @pytest.mark.parametrize("columns", [1, 4, 70, 256, 640])
@@ -211,6 +254,25 @@ def test_gather_stays_inside(library: Library) -> None:
     ids = np.array([-1, -(2**62), 32, 2**62])
     y = library("gather_rows", ids, *weight.arguments, shape=(4, 40))
     np.testing.assert_array_equal(y, weight.values[[0, 0, 31, 31]].astype(np.float32))
+
+
+@pytest.mark.parametrize("columns", [1, 70, 640])
+@pytest.mark.parametrize("m", [1, 100])
+def test_digits_make_up_the_code(library: Library, m: int, columns: int) -> None:
+    x = activations(m, columns)
+    padded = np.zeros((m, groups(columns) * GROUP), np.float32)
+    padded[:, :columns] = x
+    by_group = padded.reshape(m, -1, GROUP)
+    codes, scales, sums = parts(quantized(library, x, INT16), INT16.digits)
+    np.testing.assert_array_equal(sums, codes.sum(2, dtype=np.int32))
+    high, low = codes.reshape(m, 2, -1, GROUP).astype(np.int64).swapaxes(0, 1)
+    step = np.abs(by_group).max(2) / np.float32(INT16.top)
+    expected = scales.reshape(m, 2, -1).swapaxes(0, 1)
+    np.testing.assert_array_equal(expected, [step * 256, step])
+    # A quotient of up to 2**15 is rounded, and again when the rounding constant is added.
+    exact = by_group / step.astype(float)[..., None]
+    assert np.abs(256 * high + low - exact).max() <= 0.5 + 2 * INT16.top * UNIT
+    assert np.abs(256 * high + low).max() == INT16.top
 
 
 @pytest.mark.parametrize("columns", [1, 16, 17, 32, 70, 640])

@@ -10,16 +10,20 @@ import tvm
 from numpy.typing import NDArray
 
 from mxcompile.targets.cpu_norm import Columns, Runs, Simd, layer_norm, rms_norm, softmax
+from tests import arm
 
 Array = NDArray[Any]
-TARGETS = {"znver4": Simd(16, 2), "haswell": Simd(8, 2)}
+TARGETS = {"znver4": Simd(16, 2), "haswell": Simd(8, 2), "neon": Simd(4, 2)}
 EPS = 1e-5
 
 
 @pytest.fixture(params=TARGETS)
 def mcpu(request: pytest.FixtureRequest, needs: Callable[[str], None]) -> str:
-    """An LLVM CPU that this machine can run code for."""
-    needs({"znver4": "avx512f", "haswell": "avx2"}[request.param])
+    """An LLVM CPU that this machine can run code for, or ARM's instructions."""
+    if request.param in arm.CPUS:
+        arm.require()
+    else:
+        needs({"znver4": "avx512f", "haswell": "avx2"}[request.param])
     return str(request.param)
 
 
@@ -44,6 +48,9 @@ KERNELS: dict[str, tuple[Callable[[Runs, Simd], Any], Callable[..., Array], int]
 
 
 def run(kernel: Any, mcpu: str, inputs: list[Array], shape: tuple[int, ...]) -> Array:
+    if mcpu in arm.CPUS:
+        written = np.full(shape, np.nan, np.float32)
+        return arm.machine(mcpu).kernels({"main": kernel})("main", *inputs, written)
     target = tvm.target.Target({"kind": "llvm", "mcpu": mcpu, "num-cores": 2})
     mod = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
     built = tvm.tirx.build(mod, target=target)["main"]

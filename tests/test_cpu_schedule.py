@@ -15,6 +15,7 @@ from tvm.relax import op
 
 from mxcompile.targets.cpu_norm import Simd
 from mxcompile.targets.cpu_schedule import schedule
+from tests import arm
 
 Array = NDArray[Any]
 B, S = (tirx.Var(name, "int64") for name in "bs")
@@ -186,18 +187,29 @@ def text(mod: tvm.IRModule) -> str:
     return "\n".join(f.script() for f in mod.functions.values() if isinstance(f, tirx.PrimFunc))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_schedule_keeps_the_meaning(name: str, needs: Callable[[str], None]) -> None:
+@pytest.fixture(params=["znver4", "neon"])
+def runs(request: pytest.FixtureRequest, needs: Callable[[str], None]) -> tuple[Simd, Any]:
+    """Vectors, and what compiles a module for them and gives its ``main``."""
+    if request.param == "neon":
+        return Simd(4), arm.machine("neon").program
     needs("avx512f")
+    target = tvm.target.Target({"kind": "llvm", "mcpu": "znver4", "num-cores": 2})
+    return Simd(), lambda module: relax.VirtualMachine(
+        tvm.compile(module, target=target), tvm.cpu()
+    )["main"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_schedule_keeps_the_meaning(name: str, runs: tuple[Simd, Any]) -> None:
     case = CASES[name]
-    scheduled = schedule(fused(case), Simd())
+    simd, load = runs
+    scheduled = schedule(fused(case), simd)
     script = text(scheduled)
     for loop in case.loops:
         assert loop in script
     assert not any(f"T.{call}(" in script for call in ("exp", "tanh", "erf", "sigmoid", "pow"))
 
-    target = tvm.target.Target({"kind": "llvm", "mcpu": "znver4", "num-cores": 2})
-    machine = relax.VirtualMachine(tvm.compile(scheduled, target=target), tvm.cpu())
+    main = load(scheduled)
     rng = np.random.default_rng(0)
     for batch, seq in ((1, 1), (2, 5), (3, 200)):
         inputs = []
@@ -211,7 +223,7 @@ def test_schedule_keeps_the_meaning(name: str, needs: Callable[[str], None]) -> 
             inputs.append(np.asarray(values[dtype](dims)))
         inputs = [x < 0.5 if d == P else x for x, (_, d) in zip(inputs, case.inputs, strict=True)]
         narrow = [x.astype(d) for x, (_, d) in zip(inputs, case.inputs, strict=True)]
-        got = machine["main"](*(tvm.runtime.tensor(x) for x in narrow)).numpy()
+        got = main(*(tvm.runtime.tensor(x) for x in narrow)).numpy()
         want = case.numpy(*(x.astype(np.float64) if x.dtype == F else x for x in narrow))
         # a sum of n float32 terms near 1 is off by some roundings each; no case sums more than 600
         bound = 600 * 2.0**-24 * max(1.0, float(np.abs(want).max()))
@@ -219,17 +231,15 @@ def test_schedule_keeps_the_meaning(name: str, needs: Callable[[str], None]) -> 
 
 
 @pytest.mark.parametrize("name", ["exp", "tanh", "erf", "sigmoid"])
-def test_polynomials_are_accurate(name: str, needs: Callable[[str], None]) -> None:
-    needs("avx512f")
+def test_polynomials_are_accurate(name: str, runs: tuple[Simd, Any]) -> None:
     case = Case([((4096, 64), F)], getattr(op, name), np.abs)
-    target = tvm.target.Target({"kind": "llvm", "mcpu": "znver4", "num-cores": 2})
-    executable = tvm.compile(schedule(fused(case), Simd()), target=target)
+    simd, load = runs
     x = np.linspace(-87, 88, 4096 * 64, dtype=np.float32)
     x[::2] /= 30  # where tanh and erf are not constant
     special = np.array([0, np.inf, -np.inf, np.nan], np.float32)
     x[: len(special)] = special
     x = x.reshape(4096, 64)
-    got = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    got = load(schedule(fused(case), simd))(tvm.runtime.tensor(x)).numpy()
     exact = {
         "exp": np.exp,
         "tanh": np.tanh,

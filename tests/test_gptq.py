@@ -7,7 +7,7 @@ from mxcompile import gptq
 from mxcompile.formats import FORMATS, GROUP, Format
 from mxcompile.gptq import Feedback, Quantizer, refine
 from mxcompile.plan import ROW_TILE, TileFormats
-from mxcompile.quantize import Quantized, dequantize, dequantize_tiles, quantize
+from mxcompile.quantize import Quantized, codebook_of, dequantize, dequantize_tiles, quantize
 
 COLUMNS = 3 * GROUP
 
@@ -43,6 +43,16 @@ def harm(delta: np.ndarray, moment: np.ndarray) -> float:
     return float(((delta @ moment) * delta).sum())
 
 
+def nearest(exact: np.ndarray, grid: Quantized, fmt: Format) -> np.ndarray:
+    """What numbers in units of codes are rounded to."""
+    codes = np.clip(np.round(exact), 0, fmt.top)
+    if not fmt.codebook:
+        return codes
+    entries = codebook_of(grid.codes).astype(float)
+    found: np.ndarray = entries[np.abs(codes[:, None] - entries).argmin(1)]
+    return found
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_against_the_definition(name: str) -> None:
     """Column after column, each later one moved by the inverse of what is left of H."""
@@ -55,9 +65,8 @@ def test_against_the_definition(name: str) -> None:
     free = list(np.argsort(-np.diagonal(H), kind="stable"))
     while free:
         column = free.pop(0)
-        codes[:, column] = np.clip(
-            np.round(left[:, column] / step[:, column] + zero[:, column]), 0, fmt.levels - 1
-        )
+        exact = left[:, column] / step[:, column] + zero[:, column]
+        codes[:, column] = nearest(exact, grid, fmt)
         error = left[:, column] - (codes[:, column] - zero[:, column]) * step[:, column]
         rest = [column, *free]
         inverse = np.linalg.inv(H[np.ix_(rest, rest)])

@@ -1,7 +1,8 @@
 """Golden tests of the passes: each ``ir/*.onnxtxt`` holds a model, a pipeline and what comes out.
 
-``# RUN:`` is the pipeline, ``# PLAN: w=int4,int3`` the formats of a weight's row tiles (int4 where
-it says nothing), ``# ERROR:`` the error expected, ``# CHECK:`` lines are FileCheck's.
+``# RUN:`` is the pipeline, ``# PLAN: w=int4,int3 x=int8`` the formats of a weight's row tiles (int4
+where it says nothing) and of other values that are rounded, ``# ERROR:`` the error expected,
+``# CHECK:`` lines are FileCheck's.
 """
 
 import io
@@ -19,6 +20,7 @@ from filecheck.parser import Parser, pattern_for_opts
 
 from mxcompile import graph, passes, target
 from mxcompile.errors import MxError
+from mxcompile.formats import ACTIVATION_FORMATS
 from mxcompile.instruments import Verify
 from mxcompile.pipeline import Context, Pipeline
 from mxcompile.plan import PrecisionPlan, TileFormats
@@ -50,10 +52,10 @@ def run(text: str) -> str:
     model = apply(before, model, Context(where))
     formats = dict(item.split("=") for line in directives(text, "PLAN") for item in line.split())
     units = graph.units(model)
-    tiles = {u.name: TileFormats.parse(formats.get(u.name, f"int4*{u.tiles}")) for u in units}
-    return graph.to_text(
-        apply(annotate + after, model, Context(where, PrecisionPlan(units, tiles)))
-    )
+    tiles = {u.name: TileFormats.parse(formats.pop(u.name, f"int4*{u.tiles}")) for u in units}
+    rounded = {name: ACTIVATION_FORMATS[fmt] for name, fmt in formats.items()}
+    plan = PrecisionPlan(units, tiles, rounded)
+    return graph.to_text(apply(annotate + after, model, Context(where, plan)))
 
 
 def apply(pipeline: str, model: ir.Model, ctx: Context) -> ir.Model:

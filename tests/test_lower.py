@@ -31,12 +31,12 @@ def compiled(
     model: ir.Model, feeds: dict[str, np.ndarray], folder: Path, formats: str = ""
 ) -> list[np.ndarray]:
     """Compile with float activations and run; without formats nothing is quantized."""
-    ctx = Context(WHERE, activations="fp32")
+    ctx = Context(WHERE)
     model = Pipeline.parse(passes.FRONT, passes.REGISTRY).run(model, ctx)
     if formats:
         units = graph.units(model)
         tiles = {u.name: TileFormats.parse(f"{formats}*{u.tiles}") for u in units}
-        ctx = Context(WHERE, PrecisionPlan(units, tiles), activations="fp32")
+        ctx = Context(WHERE, PrecisionPlan(units, tiles))
         steps = f"{passes.QUANTIZE},fuse-qdq"
         model = Pipeline.parse(steps, passes.REGISTRY).run(model, ctx)
     lowered = lower.lower(model, ctx)

@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxcompile.formats import FORMATS, groups
-from mxcompile.plan import ROW_TILE, TileFormats, tile_bytes
+from mxcompile.plan import CODEBOOK_BYTES, ROW_TILE, TileFormats, tile_bytes
 from mxcompile.targets import packing
+from tests.test_cpu_matmul import random_codes
 
 Arrays = tuple[packing.U8, packing.U8, packing.U8, np.ndarray[tuple[int], np.dtype[np.float16]]]
 
 
 def weight(rows: int, columns: int, formats: TileFormats, seed: int = 0) -> Arrays:
     rng = np.random.default_rng(seed)
-    levels = np.repeat([fmt.levels for fmt in formats.formats], ROW_TILE)[:rows]
-    codes = rng.integers(0, levels[:, None], (rows, columns), dtype=np.uint8)
+    codes = random_codes(rng, rows, columns, formats)
     shape = (rows, groups(columns))
     scales, zeros = (rng.integers(0, top, shape, dtype=np.uint8) for top in (256, 16))
     return codes, scales, zeros, rng.uniform(1e-3, 1e-2, rows).astype(np.float16)
@@ -36,12 +36,14 @@ def test_round_trip(shape: tuple[int, int, TileFormats], seed: int) -> None:
     arrays = weight(rows, columns, formats, seed)
     packed = packing.pack(*arrays, formats)
     assert packed.table.dtype == np.int32
-    assert packed.table[:, 0].tolist() == [fmt.bits for fmt in formats.formats]
+    assert packed.table[:, 0].tolist() == [fmt.layout for fmt in formats.formats]
     sizes = [tile_bytes(columns, fmt) for fmt in formats.formats]
     assert (packed.table[:, 1] * packing.VECTOR).tolist() == [
         sum(sizes[:i]) for i in range(len(sizes))
     ]
-    assert len(packed.data) == sum(sizes)
+    codebooks = [fmt for fmt in dict.fromkeys(formats.formats) if fmt.codebook]
+    assert len(packed.data) == sum(sizes) + len(codebooks) * CODEBOOK_BYTES
+    assert (packed.table[:, 2] > 0).tolist() == [bool(fmt.codebook) for fmt in formats.formats]
     for before, after in zip(arrays, packing.unpack(packed, rows, columns), strict=True):
         np.testing.assert_array_equal(before, after)
 
@@ -61,7 +63,19 @@ def test_codes_lie_in_planes_of_quads(name: str) -> None:
             value = int(tile[base + vector * 64 + row * 4 + byte])
             code |= (value >> quad % (8 // width) * width & (1 << width) - 1) << low
             low += width
-        assert code == codes[row, column]
+        entries = np.unique(codes) if fmt.codebook else np.arange(256)
+        assert entries[code] == codes[row, column]
+
+
+def test_entries_of_a_codebook_fill_a_vector() -> None:
+    formats = TileFormats.parse("table3,int2,nf4")
+    arrays = weight(48, 70, formats)
+    packed = packing.pack(*arrays, formats)
+    vectors = packed.data.reshape(-1, 64)
+    for tile, levels in ((0, 8), (2, 16)):
+        entries = np.unique(arrays[0][16 * tile : 16 * tile + 16])
+        assert len(entries) == levels  # 1,120 draws miss none of them
+        assert vectors[packed.table[tile, 2]].tolist() == entries.tolist() * (64 // levels)
 
 
 def test_scales_lie_before_the_codes_of_their_block() -> None:
@@ -88,17 +102,12 @@ def test_padding_rows_have_no_weight() -> None:
 
 
 def test_concat_is_packing_of_the_rows_below_each_other() -> None:
-    formats = [TileFormats.parse(text) for text in ("int2,int8", "int4", "int5*2")]
+    formats = [TileFormats.parse(text) for text in ("int2,table3", "int4", "int5,table3")]
     parts = [weight(ROW_TILE * len(f.formats), 70, f, i) for i, f in enumerate(formats)]
     joined = packing.concat([packing.pack(*p, f) for p, f in zip(parts, formats, strict=True)])
-    codes, scales, zeros, row_scale = (
-        np.concatenate(arrays) for arrays in zip(*parts, strict=True)
-    )
-    whole = packing.pack(
-        codes, scales, zeros, row_scale, TileFormats(sum((f.formats for f in formats), ()))
-    )
-    np.testing.assert_array_equal(joined.data, whole.data)
-    np.testing.assert_array_equal(joined.table, whole.table)
+    found = packing.unpack(joined, 5 * ROW_TILE, 70)
+    for array, expected in zip(found, zip(*parts, strict=True), strict=True):
+        np.testing.assert_array_equal(array, np.concatenate(expected))
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -110,5 +119,8 @@ def test_what_does_not_fit_is_refused() -> None:
         packing.pack(codes, scales, np.full_like(zeros, 16), row_scale, formats)
     with pytest.raises(ValueError, match="16 rows do not make 2 tiles"):
         packing.pack(codes, scales, zeros, row_scale, TileFormats.parse("int4*2"))
+    every = np.arange(16 * 32).reshape(16, 32).astype(np.uint8)
+    with pytest.raises(ValueError, match="256 entries, the codebook of nf4 has 16"):
+        packing.pack(every, scales, zeros, row_scale, TileFormats.parse("nf4"))
     with pytest.raises(ValueError, match="need scales and zeros"):
         packing.pack(codes, scales[:, :0], zeros, row_scale, formats)

@@ -16,7 +16,7 @@ from mxcompile.plan import Rule, Unit
 from mxcompile.price import Costs
 from mxcompile.solve import Solution, solve, sweep
 
-ALL = tuple(FORMATS.values())
+ALL = tuple(fmt for fmt in FORMATS.values() if not fmt.codebook)
 TYPICAL = np.array([0.09, 0.023, 0.0059, 0.0014, 0.00035, 0.00002])
 """What a tile loses at 2, 3, 4, 5, 6 and 8 bits."""
 
