@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mxcompile.formats import FORMATS, Format
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
-from mxcompile.records import Case, Records
+from mxcompile.records import Case, Records, representative
 from mxcompile.target import Target
 
 NANO: Final = 1e-9
@@ -100,12 +100,13 @@ def predict(
         bandwidth: Bytes read a second by so many threads.
         fixed_seconds: Of a step, whatever the plan.
     """
-    by_format = {name: _by_format(records, name, threads) for name in FORMATS}
+    layouts = {name: representative(fmt) for name, fmt in FORMATS.items()}
+    by_format = {name: _by_format(records, layouts[name], threads) for name in FORMATS}
     timed, exact = {}, 0
     for units in products:
         for name, usual in by_format.items():
             rows = sum(unit.rows for unit in units)
-            case = Case(name, rows, units[0].columns, 1, threads)
+            case = Case(layouts[name], rows, units[0].columns, 1, threads)
             best = records.best(case)
             found = usual if best is None else best * 1e-6 / _bytes(case)
             exact += best is not None

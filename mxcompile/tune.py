@@ -27,7 +27,7 @@ from mxcompile.errors import UsageError
 from mxcompile.formats import ACTIVATION_FORMATS, FORMATS
 from mxcompile.knobs import GAIN, Setting, space_of
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
-from mxcompile.records import Case, Record, Records, hardware_id
+from mxcompile.records import Case, Record, Records, hardware_id, representative
 from mxcompile.target import Target
 from mxcompile.targets import cpu_norm, packing
 from mxcompile.targets.cpu_matmul import Knobs, MatmulKernel, activation_bytes
@@ -167,7 +167,9 @@ def artifact_shapes(artifact: Artifact) -> Counter[Shape]:
         parts = [units[part] for part in label.split("+") if part in units]
         if kind == "packed" and parts:
             rows = sum(unit.rows for unit in parts)
-            formats = {fmt.name for unit in parts for fmt in plan.tiles[unit.name].formats}
+            formats = {
+                representative(fmt) for unit in parts for fmt in plan.tiles[unit.name].formats
+            }
             found.update((fmt, rows, parts[0].columns) for fmt in formats)
     return found
 
@@ -177,7 +179,7 @@ def model_shapes(model: ir.Model) -> Counter[Shape]:
     found: Counter[Shape] = Counter()
     for group in products(model):
         shape = (sum(unit.rows for unit in group), group[0].columns)
-        found.update((fmt, *shape) for fmt in FORMATS)
+        found.update((fmt, *shape) for fmt in set(map(representative, FORMATS.values())))
     return found
 
 
