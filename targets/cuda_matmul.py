@@ -92,10 +92,6 @@ class CudaMatmul:
         """The same kernels: what a GPU's code takes is little, and all formats are in it."""
         return self
 
-    def tuned(self, knobs: object) -> "CudaMatmul":
-        """The same kernels: records are of CPUs' knobs."""
-        return self
-
     def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
         """Rounds every group of 32 activations half to even to its absmax / top."""
 
