@@ -1,6 +1,7 @@
 # make demo: compile the bundled model for this machine and generate text with it.
-# make test: format, lint, types, layers, tests. Both set up a virtual environment first.
-# make arm: what tests need to run programs on an emulated ARM machine; without, they skip.
+# make test: format, lint, types, layers, tests. make test-gpu: the tests that a GPU runs, if there
+# is one. make arm: what tests need to run programs on an emulated ARM machine; without, they skip.
+# All set up a virtual environment first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ READY := $(VENV)/.ready
 DEMO := build/demo
 PROMPT ?= The first thing to know about
 
-.PHONY: setup demo test arm clean
+.PHONY: setup demo test test-gpu arm clean
 
 setup: $(READY)
 
@@ -35,6 +36,13 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q
+
+test-gpu: $(READY)
+	@if $(BIN)/python -c 'import sys; from mxcompile import gpu; sys.exit(not gpu.features())'; then \
+		$(BIN)/pytest -q -m gpu tests; \
+	else \
+		echo "no CUDA device that targets are shipped for: GPU tests are not run"; \
+	fi
 
 arm: $(READY)
 	$(BIN)/python scripts/setup_arm.py

@@ -13,7 +13,6 @@ from typing import Final, Literal, TypeAlias
 import onnx_ir as ir
 
 from mxcompile import graph
-from mxcompile.float_model import LOGITS
 from mxcompile.formats import ACTIVATION_FORMATS, ActivationFormat
 from mxcompile.statistics import Statistics
 
@@ -57,11 +56,11 @@ def _multiplications(model: ir.Model) -> Mapping[str, int]:
     Logits are computed for one position of a prompt, so their layer counts as nothing.
     """
     work: dict[str, int] = {}
+    head = graph.last_product(model)
     for unit, uses in graph.uses(model).items():
         rows, columns = graph.matrix_shape(model.graph.initializers[unit])
         for use in uses:
             if use.kind == "linear" and (source := use.node.inputs[0]) is not None:
-                head = use.node.outputs[0].name == LOGITS
                 work.setdefault(graph.name(source), 0)
-                work[graph.name(source)] += 0 if head else rows * columns
+                work[graph.name(source)] += 0 if use.node is head else rows * columns
     return work

@@ -364,6 +364,6 @@ def check_host(artifact: Artifact, features: frozenset[str]) -> None:
             )
     if lacking := set(manifest.target_features) - features:
         raise ArtifactError(
-            f"{artifact.folder} was compiled for {manifest.target}; this CPU lacks "
+            f"{artifact.folder} was compiled for {manifest.target}; this machine lacks "
             f"{', '.join(sorted(lacking))}: compile the model for another target"
         )

@@ -29,6 +29,7 @@ examples:
   mxcompile run model.mxc --prompt "The sea"
   mxcompile eval model.mxc --reference model.onnx --text book.txt
   mxcompile bench model.mxc -p 256 -n 64 -t 1,2
+  mxcompile deploy model.mxc -o device.tar.gz
 
 A first word that is not a verb is a model to compile.
 """
@@ -221,8 +222,18 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_strategy(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--strategy",
+        default="ours",
+        metavar="NAME",
+        help="how the size is spent; see `mxcompile list strategies` (default: ours)",
+    )
+
+
 def _add_compile(verb: argparse.ArgumentParser) -> None:
     _add_model(verb)
+    _add_strategy(verb)
     verb.add_argument(
         "-o", "--output", type=Path, metavar="OUT.mxc", help="(default: MODEL.mxc, in this folder)"
     )
@@ -260,6 +271,7 @@ def _job(args: argparse.Namespace) -> "Job":
             *(Rule.parse(text, floor=True) for text in args.keep or ()),
         ),
         verify=args.verify if compiling else "quick",
+        strategy=getattr(args, "strategy", "ours"),
         shapes=tuple(args.shape or ()),
         output=(compiling and args.output) or Path(args.model.with_suffix(".mxc").name),
         force=compiling and args.force,
@@ -311,6 +323,7 @@ def _describe_quality(quality: dict[str, float]) -> str:
 
 def _add_plan(verb: argparse.ArgumentParser) -> None:
     _add_model(verb)
+    _add_strategy(verb)
     verb.add_argument("-o", "--output", type=Path, metavar="PLAN.json", help="write the plan")
     verb.add_argument("--sweep", action="store_true", help="solve for a range of budgets")
 
@@ -354,6 +367,51 @@ def _tensor_table(facts: dict[str, Any]) -> str:
         for t in facts["tensors"]
     ]
     return _table(("tensor", "shape", "bits", "row tiles"), rows)
+
+
+def _add_compare(verb: argparse.ArgumentParser) -> None:
+    _add_model(verb)
+    verb.add_argument(
+        "--strategies",
+        default="all",
+        metavar="all|A,B",
+        help="see `mxcompile list strategies` (default: all)",
+    )
+    verb.add_argument(
+        "--text",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="what to measure on, of another source than the calibration's; for models that take "
+        "no tokens an .npz of samples",
+    )
+    verb.add_argument(
+        "--tokens", type=_positive, default=4096, help="positions to compare (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--context", type=_positive, default=512, help="tokens in a window (default: %(default)s)"
+    )
+    verb.add_argument("-o", "--output", type=Path, metavar="FILE.html", help="plot the table")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    job, shown = _job(args), _progress(args)
+    from mxcompile import compare
+
+    rows = compare.compare(
+        job,
+        args.strategies,
+        args.text,
+        tokens=args.tokens,
+        context=args.context,
+        progress=shown,
+    )
+    if args.output:
+        with whole(args.output) as draft:
+            draft.write_text(compare.render(rows, args.model.stem), encoding="utf-8")
+    ranked = [row for part in compare.by_budget(rows).values() for row in part]
+    head = list(rows[0])
+    _show(args, rows, _table(head, [[_number(row[key]) for key in head] for row in ranked]))
 
 
 # export
@@ -622,6 +680,40 @@ def _bench(args: argparse.Namespace) -> None:
     _show(args, rows, _table(head, lines))
 
 
+# deploy
+
+
+def _add_deploy(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("artifact", type=Path, metavar="OUT.mxc")
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DEVICE.tar.gz")
+    verb.add_argument(
+        "--wheels", type=Path, metavar="DIR", help="TVM's wheels for another kind of machine"
+    )
+    verb.add_argument("--cxx", metavar="COMMAND", help="the C++ compiler for that machine")
+
+
+def _deploy(args: argparse.Namespace) -> None:
+    from mxcompile.deploy import deploy
+
+    shown = _progress(args)
+    made = deploy(args.artifact, args.output, wheels=args.wheels, compiler=args.cxx, progress=shown)
+    size = made.archive.stat().st_size
+    beside = made.bytes_beside_model
+    data = {
+        "output": str(made.archive),
+        "machine": made.machine,
+        "bytes": size,
+        "bytes_beside_model": beside,
+        "files": made.files,
+        "seconds": shown.seconds,
+    }
+    text = (
+        f"{made.archive}: {_size(size)} for {made.machine}; unpacked, {_size(beside)} beside the "
+        "weights and the tokenizer"
+    )
+    _show(args, data, text)
+
+
 # inspect and list
 
 
@@ -649,11 +741,17 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _add_list(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("what", choices=("targets", "formats", "passes"))
+    verb.add_argument("what", choices=("targets", "formats", "passes", "strategies"))
 
 
 def _list(args: argparse.Namespace) -> None:
-    rows = {"targets": _targets, "formats": _formats, "passes": _passes}[args.what]()
+    lists = {
+        "targets": _targets,
+        "formats": _formats,
+        "passes": _passes,
+        "strategies": _strategies,
+    }
+    rows = lists[args.what]()
     columns = ("name", "description", *(["notes"] if args.what == "targets" else []))
     text = _table(columns, [tuple(row[key] for key in columns) for row in rows])
     _show(args, rows, text)
@@ -708,6 +806,15 @@ def _passes() -> list[dict[str, Any]]:
     ]
 
 
+def _strategies() -> list[dict[str, Any]]:
+    from mxcompile.strategies import STRATEGIES
+
+    return [
+        {"name": name, "description": (strategy.__doc__ or "").partition("\n")[0]}
+        for name, strategy in STRATEGIES.items()
+    ]
+
+
 _Add = Callable[[argparse.ArgumentParser], None]
 _Run = Callable[[argparse.Namespace], None]
 
@@ -715,11 +822,13 @@ _VERBS: Final[dict[str, tuple[_Add, _Run, str]]] = {
     "compile": (_add_compile, _compile, "compile a model (the verb may be left out)"),
     "export": (_add_export, _export, "turn a Hugging Face folder or a GGUF file into ONNX"),
     "plan": (_add_plan, _plan, "choose the precisions, generate no code"),
+    "compare": (_add_compare, _compare, "measure strategies of spending a budget side by side"),
     "run": (_add_run, _run, "generate text, or run a model on arrays"),
     "eval": (_add_eval, _evaluate, "measure how far a model is from its reference"),
     "bench": (_add_bench, _bench, "measure tokens a second"),
+    "deploy": (_add_deploy, _deploy, "pack an artifact with all that a device needs to run it"),
     "inspect": (_add_inspect, _inspect, "show what an artifact, a plan or a model holds"),
-    "list": (_add_list, _list, "list the targets, formats or passes"),
+    "list": (_add_list, _list, "list the targets, formats, passes or strategies"),
 }
 """How each verb's arguments are added, what runs it, and what it does."""
 

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,16 +21,19 @@ from mxcompile import (
     price,
     report,
     runtime,
+    strategies,
     target,
     verify,
 )
 from mxcompile.activations import AUTO, Choice, choose_activations
 from mxcompile.artifact import Artifact
 from mxcompile.budget import Budgets
-from mxcompile.errors import PlanError, UsageError
+from mxcompile.errors import PlanError, UnsupportedError, UsageError
+from mxcompile.evidence import Evidence
 from mxcompile.formats import FORMATS
 from mxcompile.instruments import Dump, Verify
 from mxcompile.latency import Latency
+from mxcompile.passes import sort_vocabulary
 from mxcompile.pipeline import Context, Instrument, Pipeline
 from mxcompile.plan import CODEBOOK_BYTES, PrecisionPlan, Rule
 from mxcompile.price import Costs
@@ -68,17 +71,55 @@ class Job:
     shapes: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     verify: Literal["quick", "full"] = "quick"
+    strategy: str = strategies.OURS
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A float model in canonical form, and what plans for it are made from.
+
+    Attributes:
+        model: The model.
+        samples: What it was run on.
+        fixed_bytes: The part of the weight file that no plan changes.
+        statistics: What calibration found.
+        costs: Every tile's prices.
+        codes: A folder for codes in the cache, if there is one.
+    """
+
+    model: ir.Model
+    samples: Samples
+    fixed_bytes: int
+    statistics: Statistics
+    costs: Costs
+    codes: Path | None
+
+    def evidence(self, progress: Progress) -> Evidence:
+        """What strategies may ask of the model."""
+        return Evidence(
+            self.model,
+            self.statistics,
+            self.costs,
+            self.samples.feeds,
+            self.samples.probes,
+            progress,
+            self.codes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A float model in canonical form, with the plan for it and what the plan should cost."""
+    """A float model in canonical form, with the plan for it and what the plan should cost.
+
+    ``costs`` is None for a plan that was given, not made.
+    """
 
     model: ir.Model
     samples: Samples
     plan: PrecisionPlan
     statistics: Statistics
     predicted: Mapping[str, float | str]
+    costs: Costs | None = None
 
 
 def compile_model(job: Job, progress: Progress) -> Artifact:
@@ -128,7 +169,12 @@ def _build(job: Job, where: target.Target, planned: Planned, progress: Progress)
             if job.verify == "full" and quality:
                 verify.check_better(quality, _uniform_quality(job, where, planned, progress))
             page = report.render(
-                built, quality=quality, predicted=planned.predicted, seconds=progress.seconds
+                built,
+                quality=quality,
+                predicted=planned.predicted,
+                seconds=progress.seconds,
+                costs=planned.costs,
+                statistics=planned.statistics,
             )
             artifacts.finish(built, quality=quality, report=page)
     return artifacts.load(job.output)
@@ -163,13 +209,27 @@ def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
     return _plan(job, target.find(job.target), progress).plan
 
 
+def price_model(job: Job, progress: Progress) -> Priced:
+    """All that plans are made from, whatever the budget."""
+    where = target.find(job.target)
+    model, samples = _prepare(job, where, progress)
+    if not graph.units(model):
+        raise UnsupportedError(f"{job.model} has no weight that is large enough to plan")
+    kept = _kept(job, samples)
+    model, statistics = _observed(job, where, model, samples, kept, progress)
+    costs = _prices(job, model, statistics, kept, progress)
+    codes = None if kept is None else Path(f"{kept}.codes-{price.VERSION}")
+    return Priced(model, samples, _fixed_bytes(model), statistics, costs, codes)
+
+
 def sweep_budgets(job: Job, progress: Progress) -> list[dict[str, float]]:
     """Bytes, bits a weight and predicted damage of the best plans from least to most bytes."""
-    model, samples, fixed = _prepare(job, target.find(job.target), progress)
+    where = target.find(job.target)
+    model, samples = _prepare(job, where, progress)
     kept = _kept(job, samples)
-    collect = partial(_statistics, job, model, samples, kept, progress)
-    costs = _prices(job, model, collect, kept, progress).bind(job.rules)
-    count = graph.parameters(model)
+    model, statistics = _observed(job, where, model, samples, kept, progress)
+    costs = _prices(job, model, statistics, kept, progress).bind(job.rules)
+    count, fixed = graph.parameters(model), _fixed_bytes(model)
     return [
         {
             "weight_bytes": size + fixed,
@@ -208,14 +268,14 @@ def _run(job: Job, pipeline: str, model: ir.Model, ctx: Context) -> ir.Model:
     return Pipeline.parse(pipeline, passes.REGISTRY).run(model, ctx, watchers)
 
 
-def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Model, Samples, int]:
-    """The canonical model, samples, and the bytes of the weight file that no plan changes."""
+def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Model, Samples]:
+    """The canonical model, and samples."""
     with progress.stage("load"):
         model = graph.load(job.model)
         graph.fix_shapes(model, dict(map(_parse_shape, job.shapes)))
         model = _run(job, passes.FRONT, model, Context(where))
         samples = Samples.find(model, job.model, job.calibration)
-    return model, samples, _fixed_bytes(model)
+    return model, samples
 
 
 def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
@@ -227,19 +287,22 @@ def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _fixed_bytes(model: ir.Model) -> int:
-    """What the weight file holds besides packed tiles: float tensors, tile tables, its header."""
+    """What the weight file holds besides packed tiles: other tensors, tile tables, its header."""
     units = graph.units(model)
     planned = {u.name for u in units}
-    floats = [
-        v
+    others = [
+        (name, v.const_value)
         for name, v in model.graph.initializers.items()
-        if name not in planned and v.dtype == ir.DataType.FLOAT and v.const_value is not None
+        if name not in planned and v.const_value is not None
     ]
-    data = sum(v.const_value.nbytes for v in floats if v.const_value is not None)
+    others = [
+        (n, t) for n, t in others if t.dtype == ir.DataType.FLOAT or t.size > lower.MAX_INLINE
+    ]
+    data = sum(tensor.nbytes for _, tensor in others)
     # A plan may take as many codebooks for each weight.
     codebooks = CODEBOOK_BYTES * sum(bool(fmt.codebook) for fmt in FORMATS.values())
     tables = sum(u.tiles * TILE_ENTRY_BYTES + codebooks for u in units)
-    names = sum(len(graph.name(v)) + HEADER_BYTES for v in floats)
+    names = sum(len(name) + HEADER_BYTES for name, _ in others)
     return data + tables + names + sum(2 * (len(u.name) + HEADER_BYTES) for u in units)
 
 
@@ -271,12 +334,24 @@ def _statistics(
     return collect() if kept is None else calibrate.cached(Path(f"{kept}.safetensors"), collect)
 
 
-def _prices(
+def _observed(
     job: Job,
+    where: target.Target,
     model: ir.Model,
-    statistics: Callable[[], Statistics],
+    samples: Samples,
     kept: Path | None,
     progress: Progress,
+) -> tuple[ir.Model, Statistics]:
+    """The model with its vocabulary sorted, and what it does on the samples."""
+    statistics = _statistics(job, model, samples, kept, progress)
+    ordered = _run(job, passes.SORT, model, Context(where, statistics=statistics))
+    for unit, order in sort_vocabulary.orders(ordered).items():
+        statistics = statistics.sorted(unit, order)
+    return ordered, statistics
+
+
+def _prices(
+    job: Job, model: ir.Model, statistics: Statistics, kept: Path | None, progress: Progress
 ) -> Costs:
     """What every tile costs in every format that it may get; kept beside the statistics."""
     units = graph.units(model)
@@ -285,7 +360,7 @@ def _prices(
 
     def make() -> Costs:
         weights = partial(graph.weight, model)
-        return price.price(weights, units, statistics(), formats, progress=progress)
+        return price.price(weights, units, statistics, formats, progress=progress)
 
     if kept is None:
         return make()
@@ -300,19 +375,41 @@ def _prices(
 
 def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
     Budgets.parse(job.budgets, 1)  # a budget that cannot be read is refused before the work
-    model, samples, fixed = _prepare(job, where, progress)
-    plan = _read_plan(job.plan, model) if job.plan is not None else None
-    kept = _kept(job, samples)
-    statistics = _statistics(job, model, samples, kept, progress)
-    if plan is not None:
-        if not plan.activations or job.activations != AUTO:
-            plan = replace(plan, activations=choose_activations(model, statistics, job.activations))
-        return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
-    costs = _prices(job, model, lambda: statistics, kept, progress)
-    found = _solve(job, where, model, costs, fixed, progress)
-    rounded = choose_activations(model, statistics, job.activations)
-    plan = replace(found.plan, activations=rounded)
-    return Planned(model, samples, plan, statistics, _predictions(found, model))
+    strategies.find(job.strategy)
+    if job.plan is None:
+        return _choose(job, where, price_model(job, progress), progress)
+    model, samples = _prepare(job, where, progress)
+    plan = _read_plan(job.plan, model)
+    model, statistics = _observed(job, where, model, samples, _kept(job, samples), progress)
+    if not plan.activations or job.activations != AUTO:
+        plan = replace(plan, activations=choose_activations(model, statistics, job.activations))
+    return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
+
+
+def _choose(job: Job, where: target.Target, priced: Priced, progress: Progress) -> Planned:
+    """Spend the budgets by the strategy asked for; the solver's own refuses what none can meet."""
+    model, costs = priced.model, priced.costs
+    found = _solve(job, where, model, costs, priced.fixed_bytes, progress)
+    plan, predicted = found.plan, _predictions(found, model)
+    if job.strategy != strategies.OURS:
+        plan = _other(job, priced, progress)
+        size = costs.size(plan) + priced.fixed_bytes
+        bits = 8 * size / graph.parameters(model)
+        damage = costs.total(plan)
+        predicted = {"damage": damage, "method": job.strategy, "bits_per_weight": bits}
+    rounded = choose_activations(model, priced.statistics, job.activations)
+    plan = replace(plan, activations=rounded)
+    return Planned(model, priced.samples, plan, priced.statistics, predicted, costs)
+
+
+def _other(job: Job, priced: Priced, progress: Progress) -> PrecisionPlan:
+    """The plan of a published strategy, which knows no other budget than a size."""
+    count = graph.parameters(priced.model)
+    budgets = Budgets.parse(job.budgets, count)
+    if job.rules or budgets.size is None or budgets.rate or budgets.divergence:
+        raise UsageError(f"--strategy {job.strategy} takes a size and neither --format nor --keep")
+    limit = budgets.size.limit(count) - priced.fixed_bytes
+    return strategies.STRATEGIES[job.strategy](priced.evidence(progress), limit)
 
 
 def _solve(
@@ -374,7 +471,7 @@ def _read_plan(path: Path, model: ir.Model) -> PrecisionPlan:
 def _manifest(
     job: Job, where: target.Target, planned: Planned, lowered: lower.Lowered
 ) -> artifacts.Manifest:
-    text = ",".join((passes.FRONT, passes.QUANTIZE, passes.FUSE))
+    text = ",".join((passes.FRONT, passes.SORT, passes.QUANTIZE, passes.FUSE))
     decoder = bool(lowered.caches)
     keys = lowered.caches[::2]
     layers = tuple(artifacts.CacheLayer(int(k.shape[1]), int(k.shape[3])) for k in keys)

@@ -26,13 +26,17 @@ _BLOCK: Final = 8
 """Positions compared at once: their float64 terms stay in the cache."""
 
 
-class LogitSource(Protocol):
+class Scorer(Protocol):
     """A language model that scores a text."""
 
     vocabulary: int
 
     def logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """The logits after each token, from an empty context, in ``chunks``."""
+
+
+class LogitSource(Scorer, Protocol):
+    """A language model that also scores continuations of a text."""
 
     def continuations(
         self, prompt: Sequence[int], choices: Sequence[Sequence[int]]
@@ -285,8 +289,8 @@ def windows(model: TextModel, text: str, *, tokens: int, context: int) -> list[l
 
 
 def compare(
-    reference: LogitSource,
-    tested: LogitSource,
+    reference: Scorer,
+    tested: Scorer,
     texts: Iterable[Sequence[int]],
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -299,8 +303,8 @@ def compare(
 
 
 def compare_all(
-    reference: LogitSource,
-    tested: Sequence[LogitSource],
+    reference: Scorer,
+    tested: Sequence[Scorer],
     texts: Iterable[Sequence[int]],
     progress: Progress | None = None,
 ) -> list[dict[str, float]]:

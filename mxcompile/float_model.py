@@ -14,7 +14,7 @@ from mxcompile.interpret import Interpreter, padded, windows
 Feed: TypeAlias = Mapping[str, Tensor]
 """One sample: a value for each input of the graph."""
 
-LOGITS: Final = "logits"
+LOGITS: Final = graph.LOGITS
 POINTWISE: Final = ("Add", "Cast", "Div", "Identity", "Mul", "Sub", "Tanh")
 """What may stand between the head and the logits."""
 
@@ -35,7 +35,7 @@ class FloatModel:
         self.uses = uses
         self.model = model
         self.outputs = [graph.name(v) for v in model.graph.outputs if not _is_cache(v)]
-        self.head = _find_head(model, uses)
+        self.head = find_head(model, uses)
 
     @property
     def hidden(self) -> str | None:
@@ -52,13 +52,16 @@ class FloatModel:
         """Whether the model gives logits: errors then count in nats of divergence."""
         return self.fetched == [LOGITS] or self.head is not None
 
-    def logits(self, hidden: Tensor, fetch: str = LOGITS) -> Tensor:
+    def logits(
+        self, hidden: Tensor, fetch: str = LOGITS, overrides: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """The logits [positions, vocabulary] of hidden states [positions, columns].
 
-        ``fetch`` may name another value that is computed from the hidden states alone.
+        ``fetch`` may name another value that is computed from the hidden states alone;
+        ``overrides`` replace weights.
         """
         assert self.hidden is not None
-        known = {self.hidden: hidden.unsqueeze(0)}
+        known = {**(overrides or {}), self.hidden: hidden.unsqueeze(0)}
         return self.interpreter.run({}, overrides=known, fetch=[fetch])[fetch][0]
 
     def is_layer(self, use: Use) -> bool:
@@ -110,7 +113,7 @@ def _is_cache(value: ir.Value) -> bool:
     return graph.name(value).startswith(("present", "past"))
 
 
-def _find_head(model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> Use | None:
+def find_head(model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> Use | None:
     """The linear layer behind the logits, with nothing after it but position-wise operators."""
     linear = {u.node: u for found in uses.values() for u in found if u.kind == "linear"}
     value = next((v for v in model.graph.outputs if v.name == LOGITS), None)

@@ -19,6 +19,7 @@ from mxcompile.plan import ROW_TILE, Unit
 
 DOMAIN: Final = "mxcompile"
 OPSET: Final = 23
+LOGITS: Final = "logits"
 SCHEME_KEY: Final = "mxcompile.scheme"
 
 MIN_COLUMNS: Final = 32
@@ -391,6 +392,14 @@ def shape(value: ir.Value) -> tuple[int | str, ...]:
     if value.shape is None:
         raise UnsupportedError(f"{value.name} has no known shape")
     return tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+
+
+def last_product(model: ir.Model) -> ir.Node | None:
+    """The last matrix product on the way to the logits, if there are any."""
+    logits = next((v for v in model.graph.outputs if v.name == LOGITS), None)
+    nodes = ancestors(logits, lambda v: False) if logits is not None else []
+    products = [n for n in nodes if n.op_type in ("MixedLinear", "Linear", "MatMul")]
+    return products[-1] if products else None
 
 
 def select(nodes: Iterable[ir.Node], op_type: str, domain: str = "") -> list[ir.Node]:

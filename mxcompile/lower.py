@@ -8,7 +8,7 @@ kernel templates, everything else Relax operators that TVM fuses and our schedul
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from tvm import relax, s_tir
 
 from mxcompile import graph, linker, qdq
 from mxcompile.artifact import TensorSpec
-from mxcompile.errors import MxError, UnsupportedError, UsageError
+from mxcompile.errors import MxError, UnsupportedError
 from mxcompile.formats import ActivationFormat
 from mxcompile.passes.kv_cache import NO_WINDOW
 from mxcompile.passes.quantize_activations import activation_format
@@ -34,7 +34,11 @@ from mxcompile.relax_ops import (
     shape_of,
 )
 from mxcompile.target import Target
-from mxcompile.targets import cpu_attention, cpu_matmul, cpu_norm, cpu_schedule, packing
+from mxcompile.targets import cpu_attention, cpu_matmul, cpu_norm, packing
+from mxcompile.targets import kernels as families
+
+MAX_INLINE: Final = 64
+"""Integers of a tensor that becomes part of the code; more go to the weight file."""
 
 SMALL: Final = 8
 """Constants of up to so many numbers (scales, exponents) go into the code, not the weight file."""
@@ -78,35 +82,21 @@ class _Builder:
     """State of one lowering."""
 
     model: ir.Model
-    target: Target
+    kernels: families.Kernels
     scope: Scope
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     weight_vars: dict[str, Expr] = field(default_factory=dict)
     packed: dict[tuple[str, ...], str] = field(default_factory=dict)
-    layouts: set[int] = field(default_factory=set)
     views: dict[ir.Value, _View] = field(default_factory=dict)
-    kernels: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-
-    @property
-    def simd(self) -> cpu_norm.Simd:
-        """The vectors of the target."""
-        return _simd(self.target)
-
-    @property
-    def matmul(self) -> cpu_matmul.MatmulKernel:
-        """The target's matrix product kernels."""
-        return cpu_matmul.MatmulKernel(
-            self.target.instructions,  # type: ignore[arg-type]
-            layouts=tuple(sorted(self.layouts)),
-        )
+    made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def kernel(self, template: Callable[..., Any], *knobs: Any) -> Any:
         """The function that a kernel template makes of its knobs; made once."""
         key = (template, knobs)
-        if key not in self.kernels:
+        if key not in self.made:
             function = _rooted(template(*knobs))
-            self.kernels[key] = self.scope.bb.add_func(function, template.__name__)
-        return self.kernels[key]
+            self.made[key] = self.scope.bb.add_func(function, template.__name__)
+        return self.made[key]
 
     def call(self, kernel: Any, args: Sequence[Expr], shape: Dims, dtype: str = "float32") -> Expr:
         """Call a kernel that writes one new tensor."""
@@ -145,10 +135,6 @@ class _Builder:
         return self.weight_vars[name] if name in self.weight_vars else self.scope.tensor(value)
 
 
-def _simd(target: Target) -> cpu_norm.Simd:
-    return cpu_norm.Simd(lanes=target.vector_bits // 32)
-
-
 def _rooted(function: Any) -> Any:
     """A kernel with a root block, which Relax looks for in every function that it calls."""
     if not isinstance(function.body, s_tir.SBlockRealize):
@@ -163,8 +149,9 @@ def lower(model: ir.Model, ctx: Context) -> Lowered:
     Raises:
         UnsupportedError: a node has no lowering; the text names it.
     """
-    builder = _Builder(model, ctx.target, Scope(relax.BlockBuilder()))
+    builder = _Builder(model, families.of(ctx.target), Scope(relax.BlockBuilder()))
     _collect_weights(builder)
+    builder.kernels = families.of(ctx.target, _layouts(builder))
     scope = builder.scope
     specs = [_spec(v) for v in model.graph.inputs]
     inputs = [relax.Var(s.name, _type(scope, s)) for s in specs]
@@ -221,8 +208,14 @@ def _collect_weights(builder: _Builder) -> None:
         for value in node.inputs:
             if value is None or value.const_value is None or value.const_value.size <= SMALL:
                 continue
-            if value.dtype == ir.DataType.FLOAT or value.const_value.size > 64:
+            if value.dtype == ir.DataType.FLOAT or value.const_value.size > MAX_INLINE:
                 builder.weights.setdefault(graph.name(value), graph.array(value))
+
+
+def _layouts(builder: _Builder) -> tuple[int, ...]:
+    """The layouts that tiles of packed weights have: kernels need no code for others."""
+    tables = (builder.weights[f"{label}.tiles"] for label in builder.packed.values())
+    return tuple(sorted({int(layout) for table in tables for layout in table[:, 0]}))
 
 
 def _pack(builder: _Builder, node: ir.Node) -> None:
@@ -239,7 +232,6 @@ def _pack(builder: _Builder, node: ir.Node) -> None:
     label = "+".join(names)
     builder.weights[f"{label}.packed"] = packed.data
     builder.weights[f"{label}.tiles"] = packed.table
-    builder.layouts.update(np.unique(packed.table[:, 0]).tolist())
     builder.packed[names] = label
 
 
@@ -326,11 +318,13 @@ def _product(
     """The matrix product of a matrix, rounded to a format or as it is, with packed row tiles."""
     count, columns = shape_of(x)
     if activation is None:
-        return builder.call(builder.kernel(builder.matmul.matmul_f32), [x, *weight], (count, rows))
+        return builder.call(
+            builder.kernel(builder.kernels.matmul.matmul_f32), [x, *weight], (count, rows)
+        )
     size = cpu_matmul.activation_bytes(int(columns), activation)
-    quantize = builder.kernel(builder.matmul.quantize_activation, activation)
+    quantize = builder.kernel(builder.kernels.matmul.quantize_activation, activation)
     codes = builder.call(quantize, [x], (count, size), "int8")
-    multiply = builder.kernel(builder.matmul.matmul_quantized, activation)
+    multiply = builder.kernel(builder.kernels.matmul.matmul_quantized, activation)
     return builder.call(multiply, [codes, *weight], (count, rows))
 
 
@@ -368,7 +362,7 @@ def _mixed_gather(builder: _Builder, node: ir.Node) -> Expr:
     output = node.outputs[0].shape
     assert output is not None
     columns = int(output[-1])  # type: ignore[arg-type]
-    kernel = builder.kernel(builder.matmul.gather_rows)
+    kernel = builder.kernel(builder.kernels.matmul.gather_rows)
     rows = builder.call(kernel, [flat, *_weight(builder, names)], (shape_of(flat)[0], columns))
     return builder.scope.emit(relax.op.reshape(rows, (*lead, columns)))
 
@@ -504,12 +498,12 @@ def _norm(builder: _Builder, node: ir.Node) -> Expr:
     scale = builder.constant(node.inputs[1])
     if node.op_type == "RMSNormalization":
         y = builder.call(
-            builder.kernel(cpu_norm.rms_norm, runs, eps, builder.simd), [wide, scale], out
+            builder.kernel(builder.kernels.norm.rms_norm, runs, eps), [wide, scale], out
         )
     else:
         zero = relax.const(np.zeros(size, np.float32))
         bias = builder.constant(node.inputs[2]) if len(node.inputs) > 2 else zero
-        kernel = builder.kernel(cpu_norm.layer_norm, runs, eps, builder.simd)
+        kernel = builder.kernel(builder.kernels.norm.layer_norm, runs, eps)
         y = builder.call(kernel, [wide, scale, bias], out)
     return builder.scope.emit(relax.op.reshape(y, shape)) if view is not None else y
 
@@ -524,7 +518,7 @@ def _softmax(builder: _Builder, node: ir.Node) -> Expr:
     if not _last_axis_only(node, len(shape)):
         return builder.scope.emit(OPERATORS["Softmax"](builder.scope, node))
     size = shape[-1] if isinstance(shape[-1], int) else 0
-    kernel = builder.kernel(cpu_norm.softmax, cpu_norm.Runs(size, 1, len(shape)), builder.simd)
+    kernel = builder.kernel(builder.kernels.norm.softmax, cpu_norm.Runs(size, 1, len(shape)))
     return builder.call(kernel, [x], shape)
 
 
@@ -538,9 +532,9 @@ def _rotary(builder: _Builder, node: ir.Node) -> Expr:
     assert shape is not None
     width = int(shape[-1])  # type: ignore[arg-type]
     rotated = int(node.attributes.get_int("rotary_embedding_dim", 0) or 0)
-    knobs = (heads, width // heads, rotated, columns, builder.simd)
+    knobs = (heads, width // heads, rotated, columns)
     cos, sin = (builder.tensor(v) for v in node.inputs[1:3])
-    kernel = builder.kernel(cpu_attention.rotary, *knobs)
+    kernel = builder.kernel(builder.kernels.attention.rotary, *knobs)
     return builder.call(kernel, [x, cos, sin], (*shape_of(x)[:-1], width))
 
 
@@ -564,12 +558,12 @@ def _cached_attention(builder: _Builder, node: ir.Node) -> list[Any]:
         v=v_at,
     )
     dtype = keys.ty.dtype
-    append = builder.kernel(cpu_attention.append, attention, dtype, builder.simd)
+    append = builder.kernel(builder.kernels.attention.append, attention, dtype)
     caches = scope.emit(
         relax.op.call_tir_inplace(append, [k, v, past, keys, values], [3, 4], [keys.ty, values.ty])
     )
     keys, values = (scope.emit(relax.TupleGetItem(caches, i)) for i in range(2))
-    attend = builder.kernel(cpu_attention.attend, attention, dtype, builder.simd)
+    attend = builder.kernel(builder.kernels.attention.attend, attention, dtype)
     out = builder.call(attend, [q, past, keys, values], (*shape_of(q)[:-1], heads * dim))
     return [out, keys, values]
 
@@ -604,7 +598,7 @@ def _attention(builder: _Builder, node: ir.Node) -> Expr:
         per_head, per_query = (not (isinstance(d, int) and d == 1) for d in shape[1:3])
         mask = cpu_attention.Mask(str(tensor.ty.dtype), per_head, per_query)
         args.append(tensor)
-    kernel = builder.kernel(cpu_attention.attend_all, attention, mask, builder.simd)
+    kernel = builder.kernel(builder.kernels.attention.attend_all, attention, mask)
     return builder.call(kernel, args, (*shape_of(q)[:-1], heads * dim))
 
 
@@ -630,7 +624,7 @@ def phases(target: Target) -> dict[str, list[Any]]:
 
     @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
     def schedule(module: Any, _context: Any) -> Any:
-        return cpu_schedule.schedule(module, _simd(target))
+        return families.of(target).schedule(module)
 
     return {
         "legalize": [transform.LegalizeOps(), transform.AnnotateTIROpPattern()],
@@ -656,14 +650,12 @@ def check(target: Target) -> None:
     """Refuse a target that ``build`` would fail for, before hours are spent on a model.
 
     Raises:
-        UsageError: there are no kernels for its instructions, or nothing here links for it.
+        UsageError: there are no kernels for its instructions, or nothing here compiles or links
+            for it; the text says what to install.
     """
-    known = get_args(cpu_matmul.Instructions)
-    if target.instructions not in known:
-        raise UsageError(
-            f"target {target.name}: no instructions {target.instructions}; {', '.join(known)}"
-        )
     linker.find(target.triple)
+    with families.of(target).building():
+        pass
 
 
 def build(lowered: Lowered, target: Target, library: Path) -> None:
@@ -678,8 +670,12 @@ def build(lowered: Lowered, target: Target, library: Path) -> None:
 
     tvm_target = tvm.target.Target(dict(target.tvm))
     passes = [step for phase in phases(target).values() for step in phase]
-    with tvm_target:
+    family = families.of(target)
+    with tvm_target, family.building():
         program = tvm.compile(
-            lowered.module, target=tvm_target, relax_pipeline=tvm.transform.Sequential(passes)
+            lowered.module,
+            target=tvm_target,
+            relax_pipeline=tvm.transform.Sequential(passes),
+            tir_pipeline=family.pipeline,
         )
     program.export_library(str(library), fcompile=link)

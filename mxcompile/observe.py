@@ -144,9 +144,11 @@ class _Sample:
     def run(self, feed: Feed) -> dict[str, Tensor]:
         """Run the model, and give the sums."""
         run = self.watched.interpreter.run
-        looked_up = [k for k, u in self._uses.items() if u.kind == "embedding"]
+        lookups = {k: u for k, u in self._uses.items() if u.kind == "embedding"}
         with torch.no_grad():
-            leaves = dict(run(feed, fetch=looked_up))
+            # Indices too, which need not be inputs: nothing computes them where a lookup is known.
+            found = run(feed, fetch=[*lookups, *map(source, lookups.values())])
+        leaves = {k: found[k] for k in lookups}
         if self.gradients:
             leaves |= {k: v for k, v in feed.items() if v.is_floating_point()}
             leaves = {k: v.clone().requires_grad_() for k, v in leaves.items()}
@@ -156,7 +158,7 @@ class _Sample:
         with torch.no_grad():
             self._add_layers(values, slopes)
             self._add_rounding(values, slopes)
-            self._add_embeddings(values, slopes)
+            self._add_embeddings({**found, **values}, slopes)
             if self.watched.head is not None:
                 self._add_head(self.watched.head, values)
         return self.sums

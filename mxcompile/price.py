@@ -1,6 +1,7 @@
 """What every row tile costs in every format: bytes, and damage to the model's output."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from mxcompile.errors import PlanError, UsageError
 from mxcompile.files import whole
 from mxcompile.formats import FORMATS, Format
-from mxcompile.plan import ROW_TILE, Rule, Unit, tile_bytes
+from mxcompile.plan import ROW_TILE, PrecisionPlan, Rule, Unit, tile_bytes
 from mxcompile.progress import Progress
 from mxcompile.quantize import dequantize, learn, quantize
 from mxcompile.statistics import Statistics
@@ -54,6 +55,25 @@ class Costs:
     def bytes(self, unit: Unit) -> Array:
         """The bytes of one tile of a unit in each format, int64 [formats]."""
         return np.array([tile_bytes(unit.columns, fmt) for fmt in self.choices(unit)], np.int64)
+
+    def paid(self, unit: Unit, plan: PrecisionPlan) -> Array:
+        """The damage of a unit's tiles in a plan, [tiles]."""
+        columns = {fmt: index for index, fmt in enumerate(self.choices(unit))}
+        chosen = [columns[fmt] for fmt in plan.tiles[unit.name].formats]
+        found: Array = self.damage[unit.name][np.arange(unit.tiles), chosen]
+        return found
+
+    def total(self, plan: PrecisionPlan) -> float:
+        """The summed damage of a plan."""
+        return sum(float(self.paid(unit, plan).sum()) for unit in self.units)
+
+    def size(self, plan: PrecisionPlan) -> int:
+        """The bytes of a plan's tiles."""
+        return sum(
+            count * tile_bytes(unit.columns, fmt)
+            for unit in self.units
+            for fmt, count in Counter(plan.tiles[unit.name].formats).items()
+        )
 
     def bind(self, rules: Sequence[Rule]) -> Self:
         """Leave the units that rules name what these allow; a format outside stands for another.

@@ -40,8 +40,8 @@ class ForwardProbe:
         self, watched: FloatModel, found: Statistics, feeds: Sequence[Feed], progress: Progress
     ) -> Factors:
         """Measure each group of layers, each embedding and the head."""
-        probe = _Probe(watched, feeds, self.stride)
-        groups = _groups(watched)
+        probe = Probe(watched, feeds, self.stride)
+        together = groups(watched)
         single = [
             (unit, use, met)
             for unit, uses in watched.uses.items()
@@ -49,8 +49,8 @@ class ForwardProbe:
             if not watched.is_layer(use)
         ]
         scale: dict[Use, float] = {}
-        with progress.stage("probe", len(groups) + len(single)) as advance:
-            for units in groups:
+        with progress.stage("probe", len(together) + len(single)) as advance:
+            for units in together:
                 layers = [use for u in units for use in watched.uses[u] if watched.is_layer(use)]
                 scale |= dict.fromkeys(layers, probe.layers(found, units))
                 advance()
@@ -61,7 +61,7 @@ class ForwardProbe:
         return {unit: tuple(scale[use] for use in uses) for unit, uses in watched.uses.items()}
 
 
-def _groups(watched: FloatModel) -> list[list[str]]:
+def groups(watched: FloatModel) -> list[list[str]]:
     """Units with layers among their uses, those that read the same value together."""
     groups: dict[str, list[str]] = {}
     for unit, uses in watched.uses.items():
@@ -71,7 +71,7 @@ def _groups(watched: FloatModel) -> list[list[str]]:
     return list(groups.values())
 
 
-class _Probe:
+class Probe:
     """The float model's runs on the probe samples, kept, and what perturbing them does."""
 
     def __init__(self, watched: FloatModel, feeds: Sequence[Feed], stride: int) -> None:
@@ -80,10 +80,14 @@ class _Probe:
         self.kept = [
             watched.interpreter.run(feed, fetch=watched.fetched, keep=True) for feed in feeds
         ]
-        self.reference = [self._outputs(values) for values in self.kept]
+        self.reference = [self._outputs(values, {}) for values in self.kept]
         self.likely = [
             v[LOGITS].softmax(-1) if LOGITS in v else torch.empty(0) for v in self.reference
         ]
+
+    def harm(self, overrides: Values) -> float:
+        """How far the outputs are from the float model's, when some weights are replaced."""
+        return sum(self._harm(i, overrides) for i in range(len(self.kept))) / len(self.kept)
 
     def layers(self, found: Statistics, units: Sequence[str]) -> float:
         """Harm per unit of error when some layers are perturbed together."""
@@ -99,8 +103,7 @@ class _Probe:
                     error += float(met.errors(delta).sum(dtype=torch.float64))
             shape = graph.array(self.watched.model.graph.initializers[unit]).shape
             overrides[unit] = torch.from_numpy(rough).reshape(shape)
-        harm = sum(self._harm(i, overrides) for i in range(len(self.kept))) / len(self.kept)
-        return harm / error if error > 0 else 0.0
+        return self.harm(overrides) / error if error > 0 else 0.0
 
     def embedding(self, unit: str, use: Use, met: UseStatistics) -> float:
         """Harm per unit of error of the rows that are read."""
@@ -147,7 +150,7 @@ class _Probe:
         """How far the outputs of one sample are from the float model's."""
         fetched = self.watched.fetched
         values = self.watched.interpreter.rerun(self.kept[sample], overrides, fetch=fetched)
-        exact, rough = self.reference[sample], self._outputs(values)
+        exact, rough = self.reference[sample], self._outputs(values, overrides)
         if LOGITS in exact:
             return self._divergence(sample, rough[LOGITS])
         errors = [
@@ -162,10 +165,11 @@ class _Probe:
         lost = _log_likelihood(p, exact) - _log_likelihood(p, logits)
         return max(float(lost.mean(dtype=torch.float64)), 0.0)
 
-    def _outputs(self, values: Values) -> Values:
+    def _outputs(self, values: Values, overrides: Values) -> Values:
         """The logits at the positions compared, or all outputs of other models."""
         if self.watched.hidden is not None:
-            return {LOGITS: self.watched.logits(self._positions(values[self.watched.hidden]))}
+            hidden = self._positions(values[self.watched.hidden])
+            return {LOGITS: self.watched.logits(hidden, overrides=overrides)}
         if LOGITS in self.watched.outputs:
             return {LOGITS: self._positions(values[LOGITS])}
         return {k: values[k] for k in self.watched.outputs if values[k].is_floating_point()}

@@ -1,29 +1,37 @@
-"""The report of a compilation: one HTML file that needs nothing from elsewhere."""
+"""The report of a compilation: what was decided, why, what it should cost, and what it does."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
 
+import numpy as np
+
+from mxcompile import page
 from mxcompile.artifact import Artifact
+from mxcompile.formats import Format
 from mxcompile.inspection import describe_artifact
+from mxcompile.page import Mark
+from mxcompile.plan import ROW_TILE, PrecisionPlan, Unit, tile_bytes
+from mxcompile.price import Costs
+from mxcompile.solve import sweep
+from mxcompile.statistics import Statistics, shrunk
 
-_STYLE: Final = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em;
-  color: #1b1f24; background: #fff }
-h1 { font-size: 1.5em; margin: 0 } h2 { font-size: 1.1em; margin: 2em 0 .5em }
-p.sub { color: #57606a; margin: 0 0 1em }
-table { border-collapse: collapse } td, th { padding: .2em .8em; text-align: right }
-td:first-child, th:first-child { text-align: left } tr { border-bottom: 1px solid #eaeef2 }
-th { font-weight: 600 } svg text { font: 11px system-ui, sans-serif; fill: #1b1f24 }
-.scroll { overflow-x: auto }
-"""
+Array: TypeAlias = np.ndarray[Any, Any]
 
-_CELL_WIDTH: Final = 46
-_CELL_HEIGHT: Final = 20
-_LABEL_WIDTH: Final = 190
+SWEEP_POINTS: Final = 32
+EXPENSIVE: Final = 10
 
 _LAYER = re.compile(r"(?P<before>.*?)\.(?P<layer>\d+)\.(?P<component>.*)")
+
+_PREDICTED: Final = {
+    "damage": "divergence from the float model, nats a token (relative squared error, if no text)",
+    "gap": "the most of it that a better plan could save",
+    "method": "found by",
+    "bits_per_weight": "bits per weight, all-in",
+    "damage_per_byte": "shadow price: what one more byte would save",
+}
+"""What the solver's numbers mean."""
 
 
 def render(
@@ -32,6 +40,8 @@ def render(
     predicted: Mapping[str, float | str],
     seconds: Mapping[str, float],
     quality: Mapping[str, float] | None = None,
+    costs: Costs | None = None,
+    statistics: Statistics | None = None,
 ) -> str:
     """The report on ``artifact``.
 
@@ -40,47 +50,36 @@ def render(
         predicted: what the solver expected, by name.
         seconds: how long each stage took.
         quality: what was measured, where the manifest does not have it yet.
+        costs: the prices that the plan was solved from; without them it is not explained.
+        statistics: what the prices were found from.
     """
     facts = describe_artifact(artifact)
-    return "".join(
-        [
-            f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(facts['name'])}"
-            f"</title><style>{_STYLE}</style><h1>{escape(facts['name'])}</h1>",
-            f"<p class=sub>{facts['bits_per_weight']:.3f} bits per weight for "
-            f"{escape(facts['target'])}, budget {escape(facts['budget'])}</p>",
-            _section("Summary", _table(("", ""), _summary(facts))),
-            _section(
-                "Measured on the compiled program",
-                _values(quality or facts["quality"]) or "Not verified: made where it cannot run.",
-            ),
-            _section("Predicted by the solver", _values(predicted)),
-            _section("Formats", _formats(facts["formats"])),
-            _section("Bits per weight by layer", _heat_map(facts["tensors"])),
-            _section("Tensors", _tensors(facts["tensors"])),
-            _section("Time", _values({k: f"{v:.1f} s" for k, v in seconds.items()})),
-        ]
+    measured = quality or facts["quality"]
+    decided = ""
+    if costs is not None and statistics is not None:
+        why = _Decision(artifact, artifact.plan(), costs, statistics)
+        decided = _explain(why, predicted, measured)
+    sections = [
+        page.section("Summary", page.table(("", ""), _summary(facts))),
+        page.section(
+            "Measured on the compiled program",
+            page.values(measured) or "Not verified: made where it cannot run.",
+        ),
+        page.section(
+            "Predicted by the solver",
+            page.values({_PREDICTED.get(name, name): value for name, value in predicted.items()}),
+        ),
+        page.section("Formats", _formats(facts["formats"])),
+        page.section("Bits per weight by layer", _bits(facts["tensors"])),
+        decided,
+        page.section("Tensors", _tensors(facts["tensors"])),
+        page.section("Time", page.values({k: f"{v:.1f} s" for k, v in seconds.items()})),
+    ]
+    subtitle = (
+        f"{facts['bits_per_weight']:.3f} bits per weight for {facts['target']}, "
+        f"budget {facts['budget']}"
     )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<h2>{title}</h2><div class=scroll>{body}</div>" if body else ""
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    def line(cells: Sequence[Any], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(_text(cell))}" for cell in cells)
-
-    top = line(head, "th") if any(head) else ""
-    return f"<table>{top}{''.join(line(row, 'td') for row in rows)}</table>"
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _values(values: Mapping[str, Any]) -> str:
-    rows = [(name.replace("_", " "), value) for name, value in values.items()]
-    return _table(("", ""), rows) if rows else ""
+    return page.page(facts["name"], subtitle, sections)
 
 
 def _summary(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -102,7 +101,7 @@ def _summary(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _formats(formats: Mapping[str, int]) -> str:
     total = sum(formats.values())
     rows = [(name, f"{n:,}", f"{100 * n / total:.1f} %") for name, n in formats.items()]
-    return _table(("format", "parameters", "share"), rows)
+    return page.table(("format", "parameters", "share"), rows)
 
 
 def _tensors(tensors: Iterable[Mapping[str, Any]]) -> str:
@@ -115,35 +114,194 @@ def _tensors(tensors: Iterable[Mapping[str, Any]]) -> str:
         )
         for t in tensors
     ]
-    return _table(("tensor", "shape", "bits", "row tiles"), rows)
+    return page.table(("tensor", "shape", "bits", "row tiles"), rows)
 
 
-def _heat_map(tensors: Sequence[Mapping[str, Any]]) -> str:
-    """A row a component, a column a layer; tensors outside the layers have one cell."""
+def _bits(tensors: Sequence[Mapping[str, Any]]) -> str:
+    """A row a component, a column a layer, the darker the more bits: 2 nearly white, 8 full."""
+    cells = _by_layer((t["name"], t["bits"]) for t in tensors)
+    return page.heat_map(cells, lambda bits: (bits - 2) / 6, "{:.2f}".format)
+
+
+def _by_layer(tensors: Iterable[tuple[str, float]]) -> dict[str, dict[int, float]]:
+    """Values by component and layer; tensors outside the layers are components of one cell."""
     cells: dict[str, dict[int, float]] = {}
-    for tensor in tensors:
-        match = _LAYER.fullmatch(tensor["name"])
-        label, layer = (match["component"], int(match["layer"])) if match else (tensor["name"], 0)
-        cells.setdefault(label.removesuffix(".weight"), {})[layer] = tensor["bits"]
-    columns = 1 + max((layer for row in cells.values() for layer in row), default=0)
-    parts = [_svg_text(_LABEL_WIDTH + x * _CELL_WIDTH, 14, str(x)) for x in range(columns)]
-    for y, (label, row) in enumerate(cells.items(), start=1):
-        parts.append(_svg_text(0, y * _CELL_HEIGHT + 14, label))
-        parts += [_cell(x, y, bits) for x, bits in row.items()]
-    width, height = _LABEL_WIDTH + columns * _CELL_WIDTH, (len(cells) + 1) * _CELL_HEIGHT
-    return f"<svg width={width} height={height} role=img>{''.join(parts)}</svg>" if cells else ""
+    for name, value in tensors:
+        component, layer = _place(name)
+        cells.setdefault(component, {})[layer] = value
+    return cells
 
 
-def _svg_text(x: int, y: int, text: str) -> str:
-    short = text if len(text) <= 28 else "..." + text[-25:]
-    return f"<text x={x + 4} y={y}>{escape(short)}<title>{escape(text)}</title></text>"
+def _place(tensor: str) -> tuple[str, int]:
+    match = _LAYER.fullmatch(tensor)
+    component, layer = (match["component"], int(match["layer"])) if match else (tensor, 0)
+    return component.removesuffix(".weight"), layer
 
 
-def _cell(x: int, y: int, bits: float) -> str:
-    """A cell that is the darker the more bits; 2 is nearly white, 8 a full blue."""
-    shade = 96 - 46 * min(max((bits - 2) / 6, 0), 1)
-    left, top = _LABEL_WIDTH + x * _CELL_WIDTH, y * _CELL_HEIGHT
-    return (
-        f"<rect x={left} y={top} width={_CELL_WIDTH - 1} height={_CELL_HEIGHT - 1} "
-        f'fill="hsl(212 80% {shade:.0f}%)"/>' + _svg_text(left + 6, top + 14, f"{bits:.2f}")
+@dataclass(frozen=True, slots=True, eq=False)
+class _Decision:
+    """An artifact's plan beside the prices that it was solved from."""
+
+    artifact: Artifact
+    plan: PrecisionPlan
+    costs: Costs
+    statistics: Statistics
+
+    @property
+    def fixed_bytes(self) -> int:
+        return self.artifact.weight_bytes - self.plan.weight_bytes
+
+    def bits(self, size: int) -> float:
+        """All-in bits a weight of packed tiles of so many bytes."""
+        return 8 * (size + self.fixed_bytes) / self.artifact.manifest.parameters
+
+    def uniform(self) -> Format:
+        """The format of the widest uniform plan that is no larger, or the narrowest format."""
+        sizes = {
+            fmt: PrecisionPlan.uniform(self.plan.units, fmt).weight_bytes
+            for fmt in self.costs.formats
+        }
+        fits = [fmt for fmt in sizes if sizes[fmt] <= self.plan.weight_bytes]
+        return max(fits, key=sizes.__getitem__, default=self.costs.formats[0])
+
+    def damage(self, unit: Unit, fmt: Format) -> Array:
+        """What a unit's tiles lose in one format, [tiles]."""
+        found: Array = self.costs.damage[unit.name][:, self.costs.formats.index(fmt)]
+        return found
+
+    def row_weights(self, unit: Unit) -> Array:
+        """How much errors in a tile's rows count next to the unit's mean, [tiles]."""
+        parts = zip(
+            self.statistics.uses[unit.name], self.statistics.factors[unit.name], strict=True
+        )
+        rows = sum((f * shrunk(use.rows) * use.diagonal.sum() for use, f in parts), np.zeros(1))
+        padded = np.pad(rows, (0, unit.tiles * ROW_TILE - unit.rows))
+        by_tile: Array = padded.reshape(-1, ROW_TILE).sum(1) / ROW_TILE
+        return by_tile / max(float(rows.mean()), np.finfo(np.float64).tiny)
+
+
+def _explain(
+    why: _Decision, predicted: Mapping[str, float | str], measured: Mapping[str, float]
+) -> str:
+    """The parts of the report that need prices."""
+    fmt = why.uniform()
+    price = predicted.get("damage_per_byte")
+    shadow = (
+        f" One more byte would save {price:.3g}, the shadow price: tiles are widened as long as "
+        "that saves more a byte."
+        if isinstance(price, float)
+        else ""
     )
+    return "".join(
+        [
+            page.section(
+                f"Sensitivity by layer: damage per million weights, were all {fmt}",
+                _sensitivity(why, fmt),
+                "The darker, the more errors there harm the output (logarithmic shades).",
+            ),
+            page.section("Sensitivity by component", _components(why, fmt)),
+            page.section(
+                "Damage against size",
+                _pareto(why, predicted, measured),
+                "The line is the best plan for every size, as predicted.",
+            ),
+            page.section(
+                "The ten most expensive tiles",
+                _expensive(why),
+                f"Those of {ROW_TILE} rows whose bytes save the most damage.{shadow} Why: what "
+                "errors in the tensor cost next to the model's mean, in the tile next to the "
+                "tensor's mean, and how much the tile's outputs count next to the tensor's.",
+            ),
+        ]
+    )
+
+
+def _sensitivity(why: _Decision, fmt: Format) -> str:
+    found = [
+        (unit.name, 1e6 * float(why.damage(unit, fmt).sum()) / unit.parameters)
+        for unit in why.plan.units
+    ]
+    positive = [value for _, value in found if value > 0]
+    low, high = (np.log(f(positive)) if positive else 0.0 for f in (min, max))
+
+    def depth(value: float) -> float:
+        return float((np.log(value) - low) / ((high - low) or 1)) if value > 0 else 0.0
+
+    return page.heat_map(_by_layer(found), depth, lambda v: f"{v:.0f}" if v >= 10 else f"{v:.1g}")
+
+
+def _components(why: _Decision, fmt: Format) -> str:
+    """A row a component: all its layers together, the most sensitive first."""
+    groups: dict[str, list[Unit]] = {}
+    for unit in why.plan.units:
+        groups.setdefault(_place(unit.name)[0], []).append(unit)
+    rows = []
+    for name, units in groups.items():
+        count = sum(unit.parameters for unit in units)
+        size = sum(
+            tile_bytes(unit.columns, f) for unit in units for f in why.plan.tiles[unit.name].formats
+        )
+        uniform = sum(float(why.damage(unit, fmt).sum()) for unit in units)
+        paid = sum(float(why.costs.paid(unit, why.plan).sum()) for unit in units)
+        rows.append((name, f"{count:,}", 8 * size / count, 1e6 * uniform / count, uniform, paid))
+    rows.sort(key=lambda row: -row[3])
+    head = ("component", "weights", "bits", f"{fmt}, a million weights", f"all in {fmt}", "planned")
+    return page.table(head, rows)
+
+
+def _pareto(
+    why: _Decision, predicted: Mapping[str, float | str], measured: Mapping[str, float]
+) -> str:
+    line = [(why.bits(size), damage) for size, damage in sweep(why.costs, SWEEP_POINTS)]
+    marks = []
+    for fmt in why.costs.formats:
+        plan = PrecisionPlan.uniform(why.plan.units, fmt)
+        total = sum(float(why.damage(unit, fmt).sum()) for unit in plan.units)
+        marks.append(Mark(f"uniform {fmt}", why.bits(plan.weight_bytes), total))
+    bits = why.artifact.bits_per_weight
+    if isinstance(damage := predicted.get("damage"), float):
+        marks.append(Mark("this artifact, predicted", bits, damage, strong=True))
+    shown = (measured[key] for key in ("kld_mean", "relative_error") if key in measured)
+    marks += [Mark("this artifact, measured", bits, value, strong=True) for value in shown]
+    return page.curve(line, marks, ("bits per weight, all-in", "predicted damage"))
+
+
+def _expensive(why: _Decision) -> str:
+    """The tiles that save the most over the narrowest format, and what makes them so."""
+    tiles = sorted(_savings(why), key=lambda tile: -tile[0])[:EXPENSIVE]
+    mean = sum(float(d[:, 0].sum()) for d in why.costs.damage.values()) / sum(
+        unit.parameters for unit in why.plan.units
+    )
+    narrow = why.costs.formats[0]
+    rows = []
+    for saved, unit, tile in tiles:
+        fmt = why.plan.tiles[unit.name].formats[tile]
+        size = tile_bytes(unit.columns, fmt)
+        extra = size - tile_bytes(unit.columns, narrow)
+        tensor = float(why.damage(unit, narrow).sum()) / unit.parameters
+        own = float(why.damage(unit, narrow)[tile]) * unit.tiles / (tensor * unit.parameters)
+        last = min((tile + 1) * ROW_TILE, unit.rows) - 1
+        rows.append(
+            (
+                unit.name,
+                f"{tile * ROW_TILE}-{last}",
+                str(fmt),
+                f"{size:,}",
+                saved,
+                saved / extra if extra else 0.0,
+                tensor / mean,
+                own,
+                float(why.row_weights(unit)[tile]),
+            )
+        )
+    saves = f"saves over {narrow}"
+    head = ("tensor", "rows", "format", "bytes", saves, "a byte", "tensor", "tile", "outputs")
+    return page.table(head, rows)
+
+
+def _savings(why: _Decision) -> Iterator[tuple[float, Unit, int]]:
+    """The best tiles of every unit: what each saves over the narrowest format."""
+    for unit in why.plan.units:
+        saved = why.damage(unit, why.costs.formats[0]) - why.costs.paid(unit, why.plan)
+        for tile in np.argsort(-saved, kind="stable")[:EXPENSIVE].tolist():
+            yield float(saved[tile]), unit, tile

@@ -10,23 +10,19 @@ How a compiled module is called, where ``weights`` is a tuple in the manifest's 
   [batch, kv_heads, capacity, head_dim] that belong to the caller and are updated in place.
 """
 
-import ctypes
-import functools
-import importlib
-import importlib.util
-import math
+import itertools
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from mxcompile import artifact as artifacts
 from mxcompile import target, weights
 from mxcompile.artifact import Artifact, TensorSpec
+from mxcompile.devices import Device, aligned, interface
 from mxcompile.errors import ArtifactError, UsageError
 
 CHUNK: Final = 256
@@ -35,32 +31,8 @@ CHUNK: Final = 256
 FIRST_CAPACITY: Final = 512
 """Tokens that a new session's caches hold before they grow."""
 
-_CPU: Final = 1  # DLPack's number of the device
 _POOLED: Final = 2  # TVM's number of the allocator that keeps freed memory
 _SHARE_CORES: Final = -3  # TVM's affinity mode in which no thread is bound to one core
-
-
-@functools.cache
-def _ffi() -> Any:
-    """TVM's foreign function interface with TVM's runtime library, and nothing more.
-
-    ``import tvm`` would load the compiler too, and tvm_ffi imports torch wherever it is
-    installed: 2 seconds and 400 MB that running a model has no use for.
-    """
-    if "torch" in sys.modules or "tvm_ffi" in sys.modules:
-        ffi = importlib.import_module("tvm_ffi")
-    else:
-        sys.modules["torch"] = None  # type: ignore[assignment] # makes the import fail
-        try:
-            ffi = importlib.import_module("tvm_ffi")
-        finally:
-            del sys.modules["torch"]
-    package = importlib.util.find_spec("tvm")
-    if package is None or package.submodule_search_locations is None:
-        raise ArtifactError("apache-tvm is not installed")
-    library = Path(package.submodule_search_locations[0]) / "lib" / "libtvm_runtime.so"
-    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-    return ffi
 
 
 def cores() -> int:
@@ -83,38 +55,24 @@ def set_threads(count: int) -> None:
         raise UsageError(f"{count} threads: this process can use 1 to {len(cpus)}")
     # The list gives the pool a worker a CPU (by itself it makes half as many) and lets the workers
     # move, so that two programs with a thread each do not both sit on the first core.
-    _ffi().get_global_func("runtime.config_threadpool")(_SHARE_CORES, count, [str(c) for c in cpus])
-
-
-def aligned(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
-    """Zeros that begin where kernels may use vector loads."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + weights.ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % weights.ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def to_tensor(array: NDArray[Any]) -> Any:
-    """A TVM tensor on the memory of ``array``, or on a copy if that is not aligned."""
-    if array.ctypes.data % weights.ALIGNMENT or not array.flags.c_contiguous:
-        copy = aligned(array.shape, array.dtype)
-        copy[...] = array
-        array = copy
-    return _ffi().from_dlpack(array, require_alignment=weights.ALIGNMENT, require_contiguous=True)
+    interface().get_global_func("runtime.config_threadpool")(
+        _SHARE_CORES, count, [str(c) for c in cpus]
+    )
 
 
 class Program:
     """A loaded artifact, ready to be called."""
 
-    def __init__(self, artifact: Artifact, main: Any, bound: Any) -> None:
+    def __init__(self, artifact: Artifact, main: Any, bound: Any, device: Device) -> None:
         self.artifact = artifact
         self.manifest = artifact.manifest
+        self.device = device
         self._main = main
         self._weights = bound
 
     @classmethod
     def load(cls, folder: Path, threads: int | None = None) -> Self:
-        """Load the artifact in ``folder``; its weights are mapped, not read.
+        """Load the artifact in ``folder``; its weights are mapped, or copied to a GPU.
 
         Args:
             folder: an artifact.
@@ -122,19 +80,23 @@ class Program:
 
         Raises:
             ArtifactError: it is damaged, or was made for another machine.
+            DeviceError: it is for a GPU, and the libraries that this takes are not installed.
         """
         artifact = artifacts.load(folder)
-        artifacts.check_host(artifact, target.host_features())
+        artifacts.check_host(artifact, target.features())
         set_threads(cores() if threads is None else threads)
         found = weights.read(folder / artifacts.WEIGHTS)
+        on_gpu = any(f.startswith("sm_") for f in artifact.manifest.target_features)
+        device = Device.cuda() if on_gpu else Device()
         try:
-            bound = _ffi().Array([to_tensor(found[name]) for name in artifact.manifest.weights])
+            bound = interface().Array([device.tensor(found[n]) for n in artifact.manifest.weights])
         except KeyError as error:
             raise ArtifactError(f"{artifacts.WEIGHTS} has no tensor {error}") from error
-        library = _ffi().load_module(str((folder / artifacts.CODE).absolute()))
+        library = interface().load_module(str((folder / artifacts.CODE).absolute()))
         machine = library.get_function("vm_load_executable")()
-        machine.get_function("vm_initialization")(_CPU, 0, _POOLED)
-        return cls(artifact, machine.get_function("main"), bound)
+        settings = [(number, 0, _POOLED) for number in device.numbers]
+        machine.get_function("vm_initialization")(*itertools.chain(*settings))
+        return cls(artifact, machine.get_function("main"), bound, device)
 
     def call(self, *arguments: Any) -> Any:
         """Call the program on TVM tensors; the weights are added."""
@@ -150,10 +112,12 @@ class Program:
             check_feeds(feeds, (TensorSpec("input_ids", "int64", (1, "seq")),))
             return {"logits": Session(self).feed(feeds["input_ids"][0], "all")[None]}
         check_feeds(feeds, self.manifest.inputs)
-        found = self.call(*(to_tensor(feeds[spec.name]) for spec in self.manifest.inputs))
+        tensors = (self.device.tensor(feeds[spec.name]) for spec in self.manifest.inputs)
+        found = self.call(*tensors)
         results = [found] if len(self.manifest.outputs) == 1 else list(found)
         names = [spec.name for spec in self.manifest.outputs]
-        return {name: np.from_dlpack(value) for name, value in zip(names, results, strict=True)}
+        arrays = map(self.device.array, results)
+        return dict(zip(names, arrays, strict=True))
 
 
 def check_feeds(feeds: Mapping[str, NDArray[Any]], specs: Sequence[TensorSpec]) -> None:
@@ -194,9 +158,8 @@ class Session:
         self._dtype = np.dtype(manifest.kv_cache.dtype)
         self._layers = manifest.kv_cache.layers
         self._capacity = 0
-        self._arrays: list[NDArray[Any]] = []
         self._caches: Any = None
-        self._inputs = _Inputs(1)
+        self._inputs = _Inputs(1, program.device)
 
     def feed(
         self, tokens: ArrayLike, logits: Literal["last", "all"] = "last"
@@ -227,11 +190,11 @@ class Session:
 
     def _step(self, ids: NDArray[np.int64], logits: str) -> NDArray[np.float32]:
         if ids.size != self._inputs.size:
-            self._inputs = _Inputs(ids.size)
+            self._inputs = _Inputs(ids.size, self._program.device)
         arguments = self._inputs.fill(ids, self.length, logits)
         result = self._program.call(*arguments, self._caches)
         self.length += ids.size
-        found: NDArray[Any] = np.from_dlpack(result)
+        found = self._program.device.array(result)
         return cast(NDArray[np.float32], found[0])
 
     def _reserve(self, need: int) -> None:
@@ -242,33 +205,37 @@ class Session:
         while capacity < need:
             capacity *= 2
         self._capacity = min(capacity, self.max_length)
-        kept, self._arrays, self._caches = self._arrays, [], None
+        device, tensors = self._program.device, []
+        kept, self._caches = list(self._caches or ()), None
         for index in range(2 * len(self._layers)):
             layer = self._layers[index // 2]
             shape = (1, layer.kv_heads, self._capacity, layer.head_dim)
             array = aligned(shape, self._dtype)
             if kept:
-                array[:, :, : self.length] = kept[index][:, :, : self.length]
-                kept[index] = np.empty(0)  # frees the old one before the next is made
-            self._arrays.append(array)
-        self._caches = _ffi().Array([to_tensor(array) for array in self._arrays])
+                array[:, :, : self.length] = device.array(kept[index])[:, :, : self.length]
+                kept[index] = None  # frees the old one before the next is made
+            tensors.append(device.tensor(array))
+        self._caches = interface().Array(tensors)
 
 
 class _Inputs:
     """The small inputs of a step of ``size`` tokens, made once and refilled."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device: Device) -> None:
         self.size = size
+        self._device = device
         self._ids, self._positions = aligned((1, size), np.int64), aligned((1, size), np.int64)
         self._past = aligned((1,), np.int64)
         self._all, self._last = aligned((size,), np.int64), aligned((1,), np.int64)
         self._all[:], self._last[:] = np.arange(size), size - 1
-        shared = (self._ids, self._positions, self._past)
-        self._tensors = tuple(map(to_tensor, shared))
-        self._selections = {"all": to_tensor(self._all), "last": to_tensor(self._last)}
+        self._changing = (self._ids, self._positions, self._past)
+        self._tensors = tuple(map(device.tensor, self._changing))
+        self._selections = {"all": device.tensor(self._all), "last": device.tensor(self._last)}
 
     def fill(self, ids: NDArray[np.int64], past: int, logits: str) -> tuple[Any, ...]:
         """The tensors for ``ids`` after ``past`` others."""
         self._ids[0], self._past[0] = ids, past
         self._positions[0] = np.arange(past, past + self.size)
+        for tensor, array in zip(self._tensors, self._changing, strict=True):
+            self._device.refresh(tensor, array)
         return *self._tensors, self._selections[logits]

@@ -128,6 +128,18 @@ def solve(
     )
 
 
+def within(costs: Costs, limit: int, *, exact_tiles: int = EXACT_TILES) -> PrecisionPlan:
+    """The plan of least damage whose packed tiles take at most ``limit`` bytes.
+
+    Raises:
+        BudgetError: the smallest plan takes more.
+    """
+    problem = _Problem.of(costs, ANY_SPEED)
+    if (smallest := problem.size(np.zeros(problem.tiles, np.int8))) > limit:
+        raise BudgetError(f"{limit} bytes cannot be met: the smallest plan takes {smallest}")
+    return _plan(costs, _knapsack(problem, limit, exact_tiles).choice)
+
+
 def _within(problem: "_Problem", size: int, reads: int | None, exact_tiles: int) -> "_Found":
     """The least damage within a size and, where it is given, within what a step may read."""
     found = _knapsack(problem, size, exact_tiles)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Self
 
+from mxcompile import gpu
 from mxcompile.errors import UsageError
 
 NO_PARENTS: Final[Mapping[str, str]] = MappingProxyType({})
@@ -42,9 +43,10 @@ class Target:
     """A kind of machine, or with a ``parent`` one board of that kind.
 
     ``family`` groups targets that an alias such as ``x86`` chooses from, away from such machines
-    the ``default``; ``requires`` are the CPU features that it uses, in the kernel's spelling;
-    ``instructions`` selects the kernel templates' inner loops and ``vector_bits`` the width of
-    other kernels' vectors; ``tvm`` is what ``tvm.target.Target`` takes.
+    the ``default``; ``requires`` are the CPU features that it uses, in the kernel's spelling, or
+    architectures of GPUs; ``kernels`` names the family of kernel templates, ``instructions``
+    selects their inner loops and ``vector_bits`` the width of other kernels' vectors; ``tvm`` is
+    what ``tvm.target.Target`` takes.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Target:
     speed: Speed
     tvm: Mapping[str, Any]
     default: bool = False
+    kernels: str = "cpu"
     parent: str = ""
 
     @classmethod
@@ -84,6 +87,7 @@ class Target:
                 Speed.parse(data["speed"]),
                 MappingProxyType(data["tvm"]),
                 own.get("default", False),
+                data["kernels"].get("family", "cpu"),
                 parent,
             )
         except KeyError as error:
@@ -93,13 +97,14 @@ class Target:
 
     @property
     def triple(self) -> str:
-        """The machine in the spelling of linkers."""
-        return str(self.tvm["mtriple"])
+        """The machine, or a GPU's host, in the spelling of linkers."""
+        return str(self.tvm.get("host", self.tvm)["mtriple"])
 
     @property
     def runs_here(self) -> bool:
         """Whether this machine can run what is compiled for it."""
-        return self.family == host_family() and self.requires <= host_features()
+        here = _family(self.triple.partition("-")[0]) == host_family()
+        return here and self.requires <= features()
 
 
 def _over(parent: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,7 +145,16 @@ def host_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 def host_family() -> str:
     """The target family of this machine."""
-    return {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm"}.get(platform.machine(), "")
+    return _family(platform.machine())
+
+
+def _family(machine: str) -> str:
+    return {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm"}.get(machine, "")
+
+
+def features() -> frozenset[str]:
+    """What programs for this machine may require: of its CPU and of its GPU."""
+    return host_features() | gpu.features()
 
 
 def find(text: str) -> Target:
@@ -161,10 +175,10 @@ def find(text: str) -> Target:
     if not family:
         known = sorted({t.family for t in targets} | {t.name for t in targets})
         raise UsageError(f"no target {text}; targets: {', '.join(known)}, or a file NAME.toml")
-    if text != host_family():
-        return next(t for t in family if t.default)
     if runnable := [t for t in family if t.runs_here]:
         return runnable[0]
+    if text != host_family():
+        return next(t for t in family if t.default)
     raise UsageError(
         f"this CPU lacks what the {text} targets need ({', '.join(sorted(family[-1].requires))}); "
         f"name the target to compile for another machine: {', '.join(t.name for t in family)}"

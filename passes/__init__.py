@@ -10,11 +10,15 @@ REGISTRY: Final = {
     "quantize-activations": "mxcompile.passes.quantize_activations:QuantizeActivations",
     "fuse-qdq": "mxcompile.passes.fuse_qdq:FuseQdq",
     "kv-cache": "mxcompile.passes.kv_cache:KvCache",
+    "sort-vocabulary": "mxcompile.passes.sort_vocabulary:SortVocabulary",
     "select-logits": "mxcompile.passes.select_logits:SelectLogits",
 }
 
 FRONT: Final = "canonicalize,flatten-attention"
 """Before calibration: the float model in the forms that later passes and the planner know."""
+
+SORT: Final = "sort-vocabulary"
+"""After calibration, before planning: row tiles of rows that are alike."""
 
 QUANTIZE: Final = "annotate,quantize-weights,quantize-activations"
 """The plan becomes standard Quantize/DequantizeLinear nodes; the result is what is emitted."""

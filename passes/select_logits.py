@@ -27,14 +27,12 @@ class SelectLogits(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Find the head behind the ``logits`` output and gather its input."""
-        outputs = [v for v in model.graph.outputs if v.name == "logits"]
+        outputs = [v for v in model.graph.outputs if v.name == graph.LOGITS]
         if not outputs or not graph.select(model.graph, "CachedAttention", graph.DOMAIN):
             return False
-        nodes = graph.ancestors(outputs[0], lambda v: False)
-        heads = [n for n in nodes if n.op_type in ("MixedLinear", "Linear", "MatMul")]
-        if not heads or len(heads[-1].outputs) != 1:
+        head = graph.last_product(model)
+        if head is None or len(head.outputs) != 1:
             raise UnsupportedError("no linear layer of its own computes the output 'logits'")
-        head = heads[-1]
         hidden = head.inputs[0]
         assert hidden is not None and hidden.shape is not None
         positions = ir.Value(

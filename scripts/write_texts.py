@@ -1,7 +1,8 @@
 """Write texts to measure quality on, none of which calibration reads.
 
-The held-out pages of the Debian Administrator's Handbook in English, its same pages in German, and
-the held-out chapters of the King James Bible, all fetched as ``models/corpus.py`` fetches them::
+The held-out pages of the Debian Administrator's Handbook in English, the same in German, of which
+the default calibration text has a paragraph, and in Norwegian, of which it has nothing; and the
+held-out chapters of the King James Bible. All are fetched as ``models/corpus.py`` fetches them::
 
     python scripts/write_texts.py build/texts
 """
@@ -25,10 +26,11 @@ def main() -> None:
         f"{name}-en": load_split(sources[name], args.packages).held_out
         for name in ("handbook", "bible")
     }
-    pages = read_handbook(args.packages, "de-DE")
-    texts["handbook-de"] = [
-        text for name, text in pages if sources["handbook"].held_out.match(name)
-    ]
+    for language in ("de-DE", "nb-NO"):
+        pages = read_handbook(args.packages, language)
+        texts[f"handbook-{language[:2]}"] = [
+            text for name, text in pages if sources["handbook"].held_out.match(name)
+        ]
     args.folder.mkdir(parents=True, exist_ok=True)
     for name, parts in texts.items():
         path = args.folder / f"{name}.txt"

@@ -1,13 +1,15 @@
 """What several test modules need: compiled toys, and skipping what this machine cannot run."""
 
+import platform
 import shutil
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from mxcompile import artifact, target
+from mxcompile import artifact, deploy, target
 from tests import toy
 
 # The same examples every time: a run that fails can be repeated. To search for more, run
@@ -48,6 +50,23 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy_artifact(compiled: Path, tmp_path: Path) -> Path:
     """A copy of the toy's artifact that a test may damage."""
     return Path(shutil.copytree(compiled / "toy.mxc", tmp_path / "toy.mxc"))
+
+
+RUNNERS = Path(__file__).parent.parent / "build" / "runners"
+"""Where compiled runners stay, so that only what changed is compiled again."""
+
+
+@pytest.fixture(scope="session")
+def mxrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runner for this machine, with TVM's libraries beside it."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    versions = {name: metadata.version(package) for name, (package, _) in deploy.LIBRARIES.items()}
+    folder = tmp_path_factory.mktemp("runner")
+    with deploy.runtime(platform.machine(), versions, None) as found:
+        for path in (*deploy.build_runner(found, None, RUNNERS), *found.libraries):
+            shutil.copy(path, folder)
+    return folder / "mxrun"
 
 
 @pytest.fixture

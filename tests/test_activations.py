@@ -10,7 +10,7 @@ from mxcompile.activations import choose_activations
 from mxcompile.statistics import Statistics
 
 MODEL = """<ir_version: 10, opset_import: ["" : 23, "mxcompile" : 1]>
-g (float[N,64] x) => (float[N,32] logits)
+g (float[N,S,64] x) => (float[N,S,32] logits)
 <float[64,64] a = {0}, float[64,64] b = {0}, float[640,64] c = {0}, float[32,640] head = {0}> {
     p = mxcompile.Linear(x, a)
     q = mxcompile.Linear(p, b)

@@ -20,7 +20,7 @@ from mxcompile.probe import PERTURBATION
 from mxcompile.progress import Progress
 from mxcompile.quantize import dequantize, quantize
 from mxcompile.samples import token_feeds
-from mxcompile.statistics import Statistics, shrunk
+from mxcompile.statistics import AROUND, LEAST_AROUND, Statistics, shrunk
 
 pytestmark = pytest.mark.filterwarnings("error:.*not writable")
 HEAD = '<ir_version: 10, opset_import: ["" : 23, "mxcompile" : 1]>\n'
@@ -178,6 +178,26 @@ def test_second_moments(language_model: ir.Model, tokens: np.ndarray, probed: St
         torch.testing.assert_close(moment, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
+def test_lookups_by_computed_indices_count(tokens: np.ndarray) -> None:
+    """As position tables are read: the indices are no input and nothing else needs them."""
+    model = build(
+        """
+        g (int64[batch, seq] input_ids) => (float[batch, seq, 32] y) {
+            ids = Add(input_ids, one)
+            e = Gather(table, ids)
+            y = Sigmoid(e)
+        }
+        """,
+        table=random(VOCABULARY, WIDTH, seed=0),
+        one=np.array(1, np.int64),
+    )
+    feeds = [{"input_ids": torch.from_numpy(row[None])} for row in tokens]
+    (use,) = (found := calibrate.collect(model, graph.uses(model), feeds)).uses["table"]
+    counts = np.bincount(tokens.flatten() + 1, minlength=VOCABULARY) / tokens.size
+    np.testing.assert_allclose(use.rows, counts, rtol=1e-5)
+    assert found.factors["table"] == (tokens.shape[1],)
+
+
 def test_positions_count_by_their_gradients(language_model: ir.Model, tokens: np.ndarray) -> None:
     """One sample: the moment of ``down`` is weighed with the squared slopes of what it computes."""
     w, ids = weights_of(language_model), tokens[:1]
@@ -228,6 +248,15 @@ def test_rows_that_were_not_met_are_not_free(found: Statistics) -> None:
         assert weights.min() >= 0.19 * weights.mean() > 0
     rows = np.array([0, 0, 0, 4], np.float32)
     assert shrunk(rows) == pytest.approx([0.2, 0.2, 0.2, 3.4])
+
+
+def test_an_unmet_row_counts_as_those_around_it_do() -> None:
+    half = AROUND * LEAST_AROUND
+    frequent, rare = np.tile([1.0, 0.0], half // 2), np.tile([0.01, 0.0], half // 2)
+    weights = shrunk(np.concatenate([frequent, rare]).astype(np.float32))
+    assert weights[half // 2 + 1] == pytest.approx(0.2 * 0.5)
+    assert weights[-half // 2 + 1] == pytest.approx(0.2 * 0.005)
+    assert weights.mean() == pytest.approx(0.505 / 2, rel=1e-3)  # edges are whole windows too
 
 
 def test_fisher_information_of_rows(language_model: ir.Model, tokens: np.ndarray) -> None:

@@ -112,6 +112,13 @@ def test_plan_writes_and_sweeps(run: Run, compiler: list[Any], model: Path) -> N
     assert len(json.loads(run("plan", model, "--sweep", "--json")[1])) == 2
 
 
+def test_the_strategy_of_a_plan(run: Run, compiler: list[Any], model: Path) -> None:
+    run("plan", model)
+    run("plan", model, "--strategy", "mse")
+    run(model, "--strategy", "owq")
+    assert [job.strategy for job in compiler] == ["ours", "mse", "owq"]
+
+
 def test_run_streams_text(run: Run, compiled: Path) -> None:
     code, out, err = run("run", compiled / "toy.mxc", "--prompt", "w3 w4", "-n", 5, "-t", 1)
     assert code == 0 and len(out.split()) == 5
@@ -201,7 +208,7 @@ def test_inspect_and_list(run: Run, compiled: Path, model: Path) -> None:
     assert "2 int4, 1 int8" in run("inspect", compiled / "toy.mxc")[1]
     assert "2 int4, 1 int8" in run("inspect", compiled / "toy.mxc" / "plan.json")[1]
     assert "attention_mask: INT64[batch, total]" in run("inspect", model)[1]
-    for what in ("targets", "formats", "passes"):
+    for what in ("targets", "formats", "passes", "strategies"):
         code, out, _ = run("list", what)
         assert code == 0 and out.startswith("| name")
         assert {"name", "description"} <= json.loads(run("list", what, "--json")[1])[0].keys()

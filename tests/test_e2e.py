@@ -9,23 +9,33 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
 import pytest
 
-from mxcompile import evaluate, graph, inspection, passes, target, weights
+from mxcompile import cli, evaluate, gpu, graph, inspection, passes, target, weights
 from mxcompile.artifact import Artifact
-from mxcompile.compiler import Job, compile_model
-from mxcompile.errors import BudgetError, PlanError, UnsupportedError, UsageError, VerificationError
+from mxcompile.compiler import Job, compile_model, price_model
+from mxcompile.errors import (
+    ArtifactError,
+    BudgetError,
+    PlanError,
+    UnsupportedError,
+    UsageError,
+    VerificationError,
+)
 from mxcompile.formats import FORMATS
+from mxcompile.gptq import Quantizer
 from mxcompile.pipeline import Context, Pipeline
 from mxcompile.plan import PrecisionPlan, TileFormats
 from mxcompile.progress import Progress
 from mxcompile.runtime import Program, Session
+from mxcompile.simulate import SimulatedSource
 from mxcompile.targets import packing
 from mxcompile.text import TextModel
-from tests import arm
+from tests import arm, cuda
 
 TINYLM = Path(__file__).parents[1] / "models" / "tinylm"
 PROMPT = "In the beginning God created the heaven and the earth."
@@ -107,6 +117,36 @@ def test_greedy_continuation_equals_the_emitted_onnx(
     assert tokens[len(prompt) :] == expected.tolist()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-n", "100"],
+        ["-n", "300", "--temperature", "0.9", "--top-p", "0.8", "--seed", "5"],
+        ["-n", "300", "--temperature", "3", "--seed", "6", "--ignore-eos"],  # bytes at random
+    ],
+)
+def test_mxrun_writes_the_same_text(
+    compile_tiny: Callable[[str], tuple[Artifact, Path]],
+    mxrun: Path,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = str(compile_tiny("int8")[0].folder)
+    for extra in ([], ["--json"]):
+        arguments = [folder, "--prompt", PROMPT, *words, *extra, "-q"]
+        done = subprocess.run([mxrun, *arguments], capture_output=True, check=True)
+        assert cli.main(["run", *arguments]) == 0
+        found, expected = done.stdout.decode(), capsys.readouterr().out
+        if not extra:
+            assert found == expected
+            continue
+        ours, theirs = json.loads(found), json.loads(expected)
+        assert ours.keys() == theirs.keys()
+        assert [ours[key] for key in ("text", "tokens", "prompt_tokens")] == [
+            theirs[key] for key in ("text", "tokens", "prompt_tokens")
+        ]
+
+
 def test_int8_activations_follow_their_emitted_onnx(
     compile_tiny: Callable[[str], tuple[Artifact, Path]],
 ) -> None:
@@ -121,6 +161,91 @@ def test_int8_activations_follow_their_emitted_onnx(
         found = session.feed(part, "all").reshape(len(part), -1).argmax(-1)
         agreement.append(found == onnx_logits(emitted, part).argmax(-1))
     assert np.concatenate(agreement).mean() >= 0.97
+
+
+def test_a_simulated_plan_is_the_emitted_one(
+    tinylm: Path, compile_tiny: Callable[[str], tuple[Artifact, Path]], tmp_path: Path
+) -> None:
+    built, emitted = compile_tiny("fp32")
+    job = Job(tinylm, "x86", ("4.2bit",), tmp_path / "out.mxc", cache=tinylm.parent)
+    evidence = price_model(job, Progress()).evidence(Progress())
+    tokens = list(range(50, 150))
+    source = SimulatedSource(evidence.watched, evidence.replaced(built.plan()))
+    found = np.concatenate(list(source.logits(tokens)))
+    expected = onnx_logits(emitted, tokens)
+    # Sums in another order, through six layers; a code of difference would be thousands of these.
+    np.testing.assert_allclose(found, expected, atol=256 * 2**-23 * np.abs(expected).max())
+
+
+CUDA_ON_CPU = target.Target(
+    "cuda-on-cpu",
+    "the CUDA kernels, read serially",
+    "x86",
+    frozenset(),
+    "generic",
+    256,
+    target.Speed(1e10, 1e11, 1e-4),
+    MappingProxyType({"kind": "llvm", "mtriple": "x86_64-linux-gnu"}),
+    kernels="cuda-on-cpu",
+)
+CUDA_READINGS = [
+    CUDA_ON_CPU.name,
+    *([pytest.param("cuda", marks=pytest.mark.gpu)] if gpu.features() else []),
+]
+
+
+@pytest.fixture
+def quick_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantize without error feedback, which takes most of the time and no kernel sees."""
+    plain = Quantizer.of(None)
+    monkeypatch.setattr(Quantizer, "of", lambda _: plain)
+
+
+@pytest.mark.usefixtures("quick_quantizer")
+@pytest.mark.parametrize("where", CUDA_READINGS)
+def test_cuda_kernels_decode_as_their_emitted_onnx(
+    where: str,
+    compile_tiny: Callable[..., tuple[Artifact, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The whole model on the kernels of the CUDA targets: on a GPU, and in the reading of CPUs.
+
+    Sums in another order move an int8 rounding now and then, and logits by about 0.1; a token that
+    only one of the two chooses must be a near tie.
+    """
+    if where == CUDA_ON_CPU.name:
+        monkeypatch.setattr(target, "find", lambda _: CUDA_ON_CPU)
+    built, emitted = compile_tiny("int8", where)
+    assert built.manifest.quality, "the artifact was not verified"
+    session = Session(Program.load(built.folder))
+    tokens = np.random.default_rng(2).integers(0, session.vocabulary, 40).tolist()
+    found = [session.feed(tokens, "last").reshape(-1).copy()]
+    for _ in range(24):
+        tokens.append(int(found[-1].argmax()))
+        found.append(session.feed(tokens[-1:], "last").reshape(-1).copy())
+    expected = onnx_logits(emitted, tokens)[39:]
+    difference = np.abs(np.stack(found) - expected).max(1)
+    assert (difference <= 0.03 * np.abs(expected).max(1)).all()
+    chosen = np.take_along_axis(expected, np.stack(found).argmax(1)[:, None], 1)[:, 0]
+    assert (chosen >= expected.max(1) - 2 * difference).all()
+
+
+@pytest.mark.usefixtures("quick_quantizer")
+def test_cuda_artifacts_hold_machine_code(
+    compile_tiny: Callable[..., tuple[Artifact, Path]],
+) -> None:
+    """A machine without the GPU compiles for it, says that it did not verify, and cannot run it."""
+    cuda.require_compiler()
+    built, _ = compile_tiny("int8", "cuda-sm80")
+    code = (built.folder / "model.so").read_bytes()
+    assert set(cuda.cubins(code)) == {"sm_80"}
+    assert b"__global__" not in code
+    if "sm_80" in target.features():
+        assert built.manifest.quality
+        return
+    assert not built.manifest.quality
+    with pytest.raises(ArtifactError, match="this machine lacks sm_80"):
+        Program.load(built.folder)
 
 
 def test_one_token_at_a_time_equals_all_at_once(
@@ -321,12 +446,12 @@ def test_short_external_data_is_refused(tmp_path: Path) -> None:
         graph.load(tmp_path / "m.onnx")
 
 
-def arm_decoder(built: Artifact, instructions: str) -> Callable[[list[int]], np.ndarray]:
+def arm_decoder(built: Artifact, packed: Path) -> Callable[[list[int]], np.ndarray]:
     """A decoder on an emulated ARM machine: takes tokens in turn, gives the last one's logits."""
-    machine, cache = arm.machine(instructions), built.manifest.kv_cache
+    machine, cache = arm.machine("dotprod"), built.manifest.kv_cache
     assert cache is not None
     program = machine.load(built.folder / "model.so")
-    tensors = weights.read(built.folder / "weights.safetensors")
+    tensors = weights.read(packed)
     machine.pack("weights", [tensors[name] for name in built.manifest.weights])
     shapes = [(1, layer.kv_heads, 256, layer.head_dim) for layer in cache.layers for _ in "kv"]
     machine.pack("caches", [np.zeros(shape, cache.dtype) for shape in shapes])
@@ -344,22 +469,23 @@ def arm_decoder(built: Artifact, instructions: str) -> Callable[[list[int]], np.
     return feed
 
 
+@pytest.mark.usefixtures("quick_quantizer")
 @pytest.mark.parametrize("activations", ["fp32", "int8"])
 def test_arm_decodes_as_x86_does(
     activations: str, tinylm: Path, compile_tiny: Callable[..., tuple[Artifact, Path]]
 ) -> None:
-    """The same greedy tokens, 64 of them, but for ties.
+    """The same greedy tokens, 64 of them, but for ties; with the same packed weights.
 
     Two machines sum in other orders. With float activations that moves logits by some roundings,
     with int8 a rounding now and then takes another way and moves them by about 0.1. A token that
     the other machine does not choose must be as good as its choice but for twice what they differ.
     """
     arm.require()
-    (there, _), (here, _) = (compile_tiny(activations, where) for where in ("arm", "x86"))
-    files = [built.manifest.files["weights.safetensors"] for built in (there, here)]
-    assert files[0] == files[1], "one packed weight serves both"
+    here, there = (compile_tiny(activations, where)[0] for where in ("x86", "raspberry-pi-5"))
+    assert here.manifest.weights == there.manifest.weights
     assert not there.manifest.quality, "an ARM program was verified on a machine that has no ARM"
-    feed, session = arm_decoder(there, "dotprod"), Session(Program.load(here.folder))
+    feed = arm_decoder(there, here.folder / "weights.safetensors")
+    session = Session(Program.load(here.folder))
     tokens = TextModel.beside(tinylm.parent).encode(PROMPT)
     moved = 256 * 2.0**-24 if activations == "fp32" else 0.03
     for _ in range(64):

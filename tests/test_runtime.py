@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mxcompile import artifact, runtime, weights
+from mxcompile import artifact, devices, runtime, weights
 from mxcompile.artifact import TensorSpec
 from mxcompile.errors import ArtifactError, UsageError
 from mxcompile.runtime import Program, Session
@@ -58,7 +58,8 @@ def test_caches_grow_as_needed_and_not_beyond_the_context(program: Program) -> N
     assert sorted(set(sizes)) == [512, 1024, 2048]
     session.feed(TOKENS)
     assert session._capacity == toy.CONTEXT
-    assert [array.shape for array in session._arrays] == [(1, 1, toy.CONTEXT, toy.WIDTH)] * 2
+    shapes = [tuple(cache.shape) for cache in session._caches]
+    assert shapes == [(1, 1, toy.CONTEXT, toy.WIDTH)] * 2
     with pytest.raises(UsageError, match="3001 tokens do not fit the context of 3000"):
         session.feed([5])
     assert session.length == 3000
@@ -109,17 +110,17 @@ def test_weights_are_mapped_not_copied(compiled: Path) -> None:
 
 
 def test_tensors_share_aligned_memory() -> None:
-    array = runtime.aligned((3, 5), np.float16)
+    array = devices.aligned((3, 5), np.float16)
     assert array.flags.c_contiguous and array.flags.writeable and not array.any()
-    assert runtime.to_tensor(array).data_ptr() == array.ctypes.data
+    assert devices.to_tensor(array).data_ptr() == array.ctypes.data
     crooked = np.zeros(100, np.uint8)[1:65]
-    assert runtime.to_tensor(crooked).data_ptr() % weights.ALIGNMENT == 0
+    assert devices.to_tensor(crooked).data_ptr() % weights.ALIGNMENT == 0
     turned = np.arange(64, dtype=np.int64).reshape(8, 8).T
-    np.testing.assert_array_equal(np.from_dlpack(runtime.to_tensor(turned)), turned)
+    np.testing.assert_array_equal(np.from_dlpack(devices.to_tensor(turned)), turned)
 
 
 def test_threads_are_those_asked_for() -> None:
-    count = runtime._ffi().get_global_func("runtime.NumThreads")
+    count = devices.interface().get_global_func("runtime.NumThreads")
     for wanted in (1, runtime.cores(), 1):
         runtime.set_threads(wanted)
         assert count() == wanted

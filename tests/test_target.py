@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import tvm
 
-from mxcompile import target
+from mxcompile import gpu, target
 from mxcompile.errors import UsageError
 from mxcompile.latency import Latency
 from mxcompile.targets.cpu_matmul import Instructions
@@ -14,8 +14,9 @@ from mxcompile.targets.cpu_matmul import Instructions
 
 @pytest.mark.parametrize("where", target.shipped(), ids=lambda t: t.name)
 def test_shipped_targets_are_what_tvm_takes(where: target.Target) -> None:
-    assert tvm.target.Target(dict(where.tvm)).kind.name == "llvm"
-    assert where.instructions in get_args(Instructions)
+    kind = "cuda" if where.kernels == "cuda" else "llvm"
+    assert tvm.target.Target(dict(where.tvm)).kind.name == kind
+    assert where.instructions in (*get_args(Instructions), "mma")
     assert where.vector_bits in (128, 256, 512)
     assert where.description
     assert min(where.speed.bytes_per_second, where.speed.macs_per_second) > 1e9
@@ -36,9 +37,22 @@ def test_family_means_the_best_that_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     assert target.find("x86") is plain
 
 
+def test_cuda_means_the_best_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [(n, "x86", f"cuda-sm{n}") for n in (80, 86, 89, 90)] + [(87, "arm", "cuda-sm87")]
+    for capability, host, name in cases:
+        monkeypatch.setattr(target, "host_family", lambda family=host: family)
+        monkeypatch.setattr(gpu, "capability", lambda n=capability: n)
+        assert target.find("cuda").name == name
+        assert target.find("cuda").runs_here
+    for capability in (0, 75):  # none, and a Turing, which no target is for
+        monkeypatch.setattr(gpu, "capability", lambda n=capability: n)
+        assert target.find("cuda").name == "cuda-sm80"
+        assert not target.find("cuda").runs_here
+
+
 def test_unknown_target_lists_the_known() -> None:
     with pytest.raises(
-        UsageError, match=r"no target vax; targets: .*x86, x86-avx2, x86-avx512vnni"
+        UsageError, match=r"no target vax; targets: .*cuda-sm80, .*, x86, x86-avx2, x86-avx512vnni"
     ):
         target.find("vax")
 

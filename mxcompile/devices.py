@@ -1,0 +1,114 @@
+"""Memory that compiled programs work on: the CPU's, which numpy shares, or a GPU's own."""
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mxcompile import gpu, weights
+from mxcompile.errors import ArtifactError
+
+CPU: Final = 1
+CUDA: Final = 2
+"""DLPack's numbers of kinds of devices."""
+
+
+@functools.cache
+def interface() -> Any:
+    """TVM's foreign function interface with TVM's runtime library, and nothing more.
+
+    ``import tvm`` would load the compiler too, and tvm_ffi imports torch wherever it is
+    installed: 2 seconds and 400 MB that running a model has no use for.
+    """
+    if "torch" in sys.modules or "tvm_ffi" in sys.modules:
+        ffi = importlib.import_module("tvm_ffi")
+    else:
+        sys.modules["torch"] = None  # type: ignore[assignment] # makes the import fail
+        try:
+            ffi = importlib.import_module("tvm_ffi")
+        finally:
+            del sys.modules["torch"]
+    package = importlib.util.find_spec("tvm")
+    if package is None or package.submodule_search_locations is None:
+        raise ArtifactError("apache-tvm is not installed")
+    library = Path(package.submodule_search_locations[0]) / "lib" / "libtvm_runtime.so"
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    return ffi
+
+
+def aligned(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+    """Zeros that begin where kernels may use vector loads."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + weights.ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % weights.ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def to_tensor(array: NDArray[Any]) -> Any:
+    """A TVM tensor on the memory of ``array``, or on a copy if that is not aligned."""
+    if array.ctypes.data % weights.ALIGNMENT or not array.flags.c_contiguous:
+        copy = aligned(array.shape, array.dtype)
+        copy[...] = array
+        array = copy
+    return interface().from_dlpack(
+        array, require_alignment=weights.ALIGNMENT, require_contiguous=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A kind of device; tensors of one that does not share the CPU's memory are copies."""
+
+    number: int = CPU
+    shares: bool = True
+
+    @classmethod
+    def cuda(cls) -> Self:
+        """The first GPU.
+
+        Raises:
+            DeviceError: the libraries that it takes are not installed.
+        """
+        interface()
+        gpu.load_tvm_runtime()
+        return cls(CUDA, shares=False)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """This and what it cannot do without: a GPU's program computes shapes on the CPU."""
+        return (self.number,) if self.number == CPU else (self.number, CPU)
+
+    def tensor(self, array: NDArray[Any]) -> Any:
+        """A TVM tensor of an array: on its memory if the device shares it."""
+        if self.shares:
+            return to_tensor(array)
+        allocate = interface().get_global_func("runtime.TVMTensorAllocWithScope")
+        where = interface().device(self.number, 0)
+        tensor = allocate(interface().Shape(array.shape), str(array.dtype), where, None)
+        self.refresh(tensor, array)
+        return tensor
+
+    def refresh(self, tensor: Any, array: NDArray[Any]) -> None:
+        """Let a tensor that was made of an array follow the array's changes."""
+        if not self.shares:
+            array = np.ascontiguousarray(array)
+            copy = interface().get_global_func("runtime.TVMTensorCopyFromBytes")
+            copy(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
+
+    def array(self, tensor: Any) -> NDArray[Any]:
+        """The numbers of a tensor: its memory if the device shares it."""
+        if self.shares:
+            return np.from_dlpack(tensor)
+        array = np.empty(tuple(tensor.shape), str(tensor.dtype))
+        copy = interface().get_global_func("runtime.TVMTensorCopyToBytes")
+        copy(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
+        return array

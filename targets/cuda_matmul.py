@@ -1,0 +1,742 @@
+"""Mixed-bit matmul kernels for CUDA, as TVM functions made from frozen knobs.
+
+The functions, what they take and the packed layout are those of ``cpu_matmul``; here
+
+* one row of quantized activations is a GEMV on ``dp4a``: a block takes a tile of 16 rows, a thread
+  4 rows (16 bytes of each vector of codes) of every eighth group, so that a warp reads 8 groups
+  that lie in a row, and the warps of a block split K. Weights are read once, 16 bytes a load, and
+  unpacked in registers;
+* more rows run on tensor cores: a group of 32 columns is the K of ``mma.m16n8k32`` on int8, a tile
+  its 16 rows, and a word of the packed layout (a row's 4 columns) a register of its fragment. Codes
+  go from memory to the tensor core through registers alone; activations wait in shared memory.
+  Up to 8 rows the warps of a block split K, beyond that each has a tile of its own;
+* float activations take the GEMV's way in float32, a few rows at a time.
+
+Sums are exact in int32 within a group. What the sums of groups are added up in differs from CPUs,
+so results agree to float32 rounding, not bit by bit.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from tvm.ir import Expr
+from tvm.tirx import PrimFunc
+from tvm.tirx.script.builder import ir as T
+
+from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, ActivationFormat, Format
+from mxcompile.plan import ROW_TILE
+from mxcompile.targets.cpu_norm import param, symbol
+from mxcompile.targets.cuda_block import (
+    WARP,
+    Block,
+    Private,
+    build,
+    hold,
+    launch,
+    load,
+    registers,
+    store,
+    strided,
+    when,
+)
+from mxcompile.targets.packing import BLOCK, QUADS, SIDE, VECTOR
+
+WORDS: Final = GROUP // 4 + 2
+"""Words of a quantized group of an activation row: codes, scale, sum."""
+
+ROWS: Final = 4
+"""Rows of a tile that a thread of a GEMV takes: 16 bytes of each vector."""
+
+COLUMNS: Final = 8
+"""Activation rows that one ``mma`` takes."""
+
+_STAGED: Final = BLOCK * WORDS + 4
+"""Words of an activation row in shared memory: a block of groups, and 4 against bank conflicts."""
+
+_AHEAD: Final = 2
+"""Groups whose codes wait in registers where many activation rows use each; else a whole block."""
+
+_QUANTIZERS: Final = 128
+"""Threads of a block that quantizes activations, a group each."""
+
+_GATHERERS: Final = 128
+"""Threads of a block that gathers a row, a quad of columns each."""
+
+_ROUND: Final = 1.5 * 2.0**23
+"""Added to a float of magnitude below 2**22, leaves it rounded half to even in the low bits."""
+
+_TINY: Final = 2.0**-120
+"""Groups whose magnitudes are all below are taken for 0: their scale has no finite inverse."""
+
+
+@dataclass(frozen=True, slots=True)
+class CudaMatmul:
+    """The knobs of the kernels; methods make the functions.
+
+    ``splits`` warps of a block share the columns of one tile where activation rows are few,
+    ``tiles`` warps have a tile each and ``batches`` times 8 activation rows where they are many.
+    ``rows`` float activation rows share the unpacked codes. ``serial`` kernels are for a CPU.
+    """
+
+    splits: int = 8
+    tiles: int = 8
+    batches: int = 8
+    rows: int = 4
+    serial: bool = False
+
+    def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
+        """Rounds every group of 32 activations half to even to its absmax / top."""
+
+        def emit() -> None:
+            m, k, q = map(symbol, "mkq")
+            x, records = param("X", (m, k)), param("Q", (m, q), "int8")
+            codes = _lines(records, fmt.digits)
+            count = codes.shape[1]
+
+            def body(block: Block) -> None:
+                def quantize(t: Expr) -> None:
+                    index = hold(block.index[0] * _QUANTIZERS + t)
+                    with when(index < m * count):
+                        row, group = hold(index // count), hold(index % count)
+                        _quantize_group(x, fmt, codes, row, group)
+
+                block.phase(quantize)
+
+            launch([(m * count + _QUANTIZERS - 1) // _QUANTIZERS], _QUANTIZERS, self.serial, body)
+
+        return build(emit)
+
+    def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
+        """Y = Q @ W.T with exact integer sums inside a group, for each digit."""
+
+        def emit() -> None:
+            m, n, q = map(symbol, "mnq")
+            records, open_weight = param("Q", (m, q), "int8"), _Weight.declare()
+            y = param("Y", (m, n))
+            codes, weight = _lines(records, fmt.digits), open_weight()
+            lines, count = codes.shape[:2]
+
+            def dots(*arguments: Any) -> None:
+                _quantized_dots(codes, fmt.digits, *arguments)
+
+            with T.If(m == 1):
+                with T.Then():
+                    self._gemv(weight, y, 1, m, count, dots)
+                with T.Else(), T.If(lines <= COLUMNS):
+                    with T.Then():
+                        self._mma(weight, codes, y, fmt.digits, tiles=1, batches=1)
+                    with T.Else():
+                        self._mma(weight, codes, y, fmt.digits, self.tiles, self.batches)
+
+        return build(emit)
+
+    def matmul_f32(self) -> PrimFunc:
+        """Y = X @ W.T in float32, with weights that are dequantized in registers."""
+
+        def emit() -> None:
+            m, n, k = map(symbol, "mnk")
+            x, open_weight = param("X", (m, k)), _Weight.declare()
+            y = param("Y", (m, n))
+            weight = open_weight()
+            count = (k + GROUP - 1) // GROUP
+
+            def dots(*arguments: Any) -> None:
+                _f32_dots(x, *arguments)
+
+            with T.If(m == 1):
+                with T.Then():
+                    self._gemv(weight, y, 1, m, count, dots)
+                with T.Else():
+                    self._gemv(weight, y, self.rows, m, count, dots)
+
+        return build(emit)
+
+    def gather_rows(self) -> PrimFunc:
+        """Y = W[ids], dequantized; an id past either end reads the nearest row."""
+
+        def emit() -> None:
+            m, k = map(symbol, "mk")
+            ids, open_weight = param("ids", (m,), "int64"), _Weight.declare()
+            y = param("Y", (m, k))
+            weight = open_weight()
+            count = (k + GROUP - 1) // GROUP
+
+            def body(block: Block) -> None:
+                (i,) = block.index
+                last = weight.tiles * ROW_TILE - 1
+
+                def gather(t: Expr) -> None:
+                    row = hold(T.max(T.min(ids[i], last), T.int64(0)))
+                    for tile in weight.formats(row // ROW_TILE, count):
+                        quads = partial(_gather_quad, tile, y, i, row % ROW_TILE)
+                        strided(t, _GATHERERS, count * QUADS, quads)
+
+                block.phase(gather)
+
+            launch([m], _GATHERERS, self.serial, body)
+
+        return build(emit)
+
+    def _gemv(
+        self, weight: "_Weight", y: Any, rows: int, m: Expr, count: Expr, dots: "_Dots"
+    ) -> None:
+        """A block for a tile and ``rows`` activation rows; its warps take 8 groups in turn."""
+        threads, n = self.splits * WARP, y.shape[1]
+
+        def body(block: Block) -> None:
+            tile_index = block.index[0]
+            first = block.index[1] * rows
+            sums = block.private(rows * ROWS)
+
+            def accumulate(t: Expr) -> None:
+                sums.fill(t, T.float32(0))
+                part, lane_group = hold(t % 4), hold(t % WARP // 4)
+                for tile in weight.formats(tile_index, count):
+                    with tile.blocks(t // WARP, self.splits) as run, when(lane_group < run.length):
+                        group = run.group(lane_group)
+                        # Rows past the end repeat the last one; they are not stored.
+                        places = [hold(T.min(first + r, m - 1)) for r in range(rows)]
+                        dots(block, group, part, places, lambda i, v: sums.add(t, v, i))
+
+            def write(t: Expr, row: Expr, r: Expr, value: Expr) -> None:
+                at = hold(tile_index * ROW_TILE + row)
+                with when(T.And(at < n, first + r < m)):
+                    store(y, value * weight.row_scale(tile_index, count, row), first + r, at)
+
+            block.phase(accumulate)
+            _reduce_rows(block, sums, rows, write)
+
+        launch([weight.tiles, (m + rows - 1) // rows], threads, self.serial, body)
+
+    def _mma(
+        self, weight: "_Weight", q: Any, y: Any, digits: int, tiles: int, batches: int
+    ) -> None:
+        """A block has ``tiles`` tiles and 8 times ``batches`` lines of ``q``.
+
+        A line is a digit of an activation row; the warps of a tile split K.
+        All warps walk the blocks of 8 groups in step; a warp whose block does not exist adds zeros.
+        """
+        splits = self.splits if tiles == 1 else 1
+        ahead = BLOCK if batches == 1 else _AHEAD
+        warps, width = tiles * splits, batches * COLUMNS
+        lines, count = q.shape[:2]
+
+        def body(block: Block) -> None:
+            first_tile, first_line = block.index[0] * tiles, block.index[1] * width
+            staged = block.shared(splits * width, _STAGED, dtype="int32")
+            codes, sides = block.private(ahead * 4, "int32"), block.private(ahead * 2, "int32")
+            right, dot = block.private(2, "int32"), block.private(4, "int32")
+            sums = block.private(4 * batches)
+            rest = count % BLOCK
+            blocks = (count + BLOCK - 1) // BLOCK
+
+            def tile_of(t: Expr) -> Expr:
+                return T.min(first_tile + t // WARP // splits, weight.tiles - 1)
+
+            def at_block(step: Expr, split: Expr) -> Expr:
+                return step * splits + split
+
+            def first_group(index: Expr) -> Expr:
+                """Blocks are counted from the first that has groups."""
+                return T.Select(
+                    index == 0,
+                    T.int64(0),
+                    index * BLOCK - T.Select(rest == 0, T.int64(0), BLOCK - rest),
+                )
+
+            def stage(step: Expr) -> Callable[[Expr], None]:
+                def copy(t: Expr) -> None:
+                    def word(i: Expr) -> None:
+                        column = hold(i % (BLOCK * WORDS))
+                        place = hold(i // (BLOCK * WORDS))
+                        index = at_block(step, place // width)
+                        group = hold(first_group(index) + column // WORDS)
+                        line = hold(T.min(first_line + place % width, lines - 1))
+                        inside = T.And(index < blocks, group < count)
+                        value = T.if_then_else(inside, q[line, group, column % WORDS], 0)
+                        store(staged, value, place, column)
+
+                    strided(t, warps * WARP, T.int64(splits * width * BLOCK * WORDS), word)
+
+                return copy
+
+            def fetch(step: Expr, first: Expr) -> Callable[[Expr], None]:
+                def unpack(t: Expr) -> None:
+                    codes.fill(t, T.int32(0))
+                    sides.fill(t, T.int32(0))
+                    lane, row = hold(t % WARP), hold(t % WARP // 4)
+                    index = hold(at_block(step, t // WARP % splits))
+                    with when(index < blocks):
+                        for tile in weight.formats(tile_of(t), count):
+                            run = tile.run(index)
+                            for i in range(ahead):
+                                with when(first + i < run.length):
+                                    group = run.group(first + i)
+                                    for r in range(2):
+                                        at = row + 8 * r
+                                        sides.set(t, group.side(at), 2 * i + r)
+                                        for half in range(2):
+                                            word = group.word(at, lane % 4 + 4 * half)
+                                            codes.set(t, word, 4 * i + 2 * half + r)
+
+                return unpack
+
+            def multiply(group: Expr, i: int, batch: int) -> None:
+                def line(t: Expr, column: Expr) -> Expr:
+                    return t // WARP % splits * width + batch * COLUMNS + column
+
+                def word(t: Expr, column: Expr, at: int | Expr) -> Expr:
+                    return load(staged, line(t, column), group * WORDS + at)
+
+                def start(t: Expr) -> None:
+                    lane = hold(t % WARP)
+                    for half in range(2):
+                        right.set(t, word(t, lane // 4, lane % 4 + 4 * half), half)
+                    for c in range(4):
+                        offset = sides.get(t, 2 * i + c // 2) >> 8
+                        total = word(t, lane % 4 * 2 + c % 2, WORDS - 1)
+                        dot.set(t, offset * total, c)
+
+                def add(t: Expr) -> None:
+                    lane = hold(t % WARP)
+                    for c in range(4):
+                        scale = word(t, lane % 4 * 2 + c % 2, WORDS - 2)
+                        scale = T.reinterpret("float32", scale)
+                        scales = T.cast(sides.get(t, 2 * i + c // 2) & 255, "float32")
+                        scaled = T.cast(dot.get(t, c), "float32") * scale
+                        # Neighbouring columns are a thread's: two digits of a row add up here.
+                        sums.add(t, scaled * scales, 4 * batch + c - c % digits)
+
+                block.phase(start, barrier=False)
+                block.mma(dot, codes, i * 4, right)
+                block.phase(add, barrier=False)
+
+            block.phase(lambda t: sums.fill(t, T.float32(0)), barrier=False)
+            with T.serial(T.int64(0), (blocks + splits - 1) // splits) as step:
+                block.phase(stage(step))
+                with T.serial(T.int64(0), T.int64(BLOCK // ahead)) as part:
+                    first = hold(part * ahead)
+                    block.phase(fetch(step, first), barrier=False)
+                    for i in range(ahead):
+                        for batch in range(batches):
+                            multiply(first + i, i, batch)
+                block.phase(lambda t: None)  # the next step overwrites what is staged
+            place = (first_tile, first_line)
+            self._store_mma(block, weight, y, sums, place, (count, digits), splits)
+
+        grid = [(weight.tiles + tiles - 1) // tiles, (lines + width - 1) // width]
+        launch(grid, warps * WARP, self.serial, body)
+
+    def _store_mma(
+        self,
+        block: Block,
+        weight: "_Weight",
+        y: Any,
+        sums: Private,
+        first: tuple[Expr, Expr],
+        shape: tuple[Expr, int],
+        splits: int,
+    ) -> None:
+        """Add up the warps that shared a tile, and store what lies inside y."""
+        count, digits = shape
+        used = range(0, sums.count, digits)
+
+        def put(t: Expr, i: int, value: Expr) -> None:
+            lane = hold(t % WARP)
+            tile = hold(first[0] + t // WARP // splits)
+            row = hold(lane // 4 + i % 4 // 2 * 8)
+            at = hold(tile * ROW_TILE + row)
+            line = hold((first[1] + i // 4 * COLUMNS + lane % 4 * 2 + i % 2) // digits)
+            with when(T.And(T.And(tile < weight.tiles, at < y.shape[1]), line < y.shape[0])):
+                store(y, value * weight.row_scale(tile, count, row), line, at)
+
+        def put_all(t: Expr) -> None:
+            for i in used:
+                put(t, i, sums.get(t, i))
+
+        if splits == 1:
+            block.phase(put_all)
+            return
+        parts = block.shared(splits, sums.count * WARP)
+
+        def keep(t: Expr) -> None:
+            for i in used:
+                store(parts, sums.get(t, i), t // WARP, i * WARP + t % WARP)
+
+        def join(t: Expr) -> None:
+            with when(t < WARP):
+                for i in used:
+                    total = parts[0, i * WARP + t]
+                    for split in range(1, splits):
+                        total = total + parts[split, i * WARP + t]
+                    put(t, i, hold(total))
+
+        block.phase(keep)
+        block.phase(join)
+
+
+_Add = Callable[[int, Expr], None]
+"""Adds to a thread's sum of a number."""
+
+_Dots = Callable[[Block, "_Group", Expr, list[Expr], _Add], None]
+"""Adds a group's product with some activation rows (places) to the sums of a thread that has a part
+of the tile's rows: ``r * ROWS + i`` is activation row ``r`` and the part's row ``i``."""
+
+
+def _quantized_dots(
+    q: Any,
+    digits: int,
+    block: Block,
+    group: "_Group",
+    part: Expr,
+    places: list[Expr],
+    add: _Add,
+) -> None:
+    words, sides = group.part(part)
+    lines = [place * digits + digit for place in places for digit in range(digits)]
+    records = [registers(WORDS, "int32") for _ in lines]
+    for record, line in zip(records, lines, strict=True):
+        for at in range(0, WORDS, 2):  # records are 8-byte aligned
+            store(record, load(q, line, group.index, at, lanes=2), at)
+    scales = [hold(T.cast(side & 255, "float32")) for side in sides]
+    dots = [[(side >> 8) * record[WORDS - 1] for side in sides] for record in records]
+    for quad in range(QUADS):
+        for i in range(ROWS):
+            codes = hold(group.quad(quad, partial(_row_of, words, i)))
+            for by_row, record in zip(dots, records, strict=True):
+                by_row[i] = block.dp4a(codes, record[quad], by_row[i])
+    for line, (by_row, record) in enumerate(zip(dots, records, strict=True)):
+        scale = T.reinterpret("float32", record[WORDS - 2])
+        for i in range(ROWS):
+            add(line // digits * ROWS + i, T.cast(by_row[i], "float32") * scale * scales[i])
+
+
+def _f32_dots(
+    x: Any, _block: Block, group: "_Group", part: Expr, places: list[Expr], add: _Add
+) -> None:
+    words, sides = group.part(part)
+    zeros = [hold(_zero(side >> 8)) for side in sides]
+    dots = registers(len(places) * ROWS, "float32")
+    for index in range(len(places) * ROWS):
+        store(dots, T.float32(0), index)
+    with T.unroll(0, QUADS) as quad:
+        codes = [hold(group.quad(quad, partial(_row_of, words, i))) for i in range(ROWS)]
+        for byte in range(4):
+            column = hold(group.index * GROUP + quad * 4 + byte)
+            inside = column < x.shape[1]
+            right = [hold(T.if_then_else(inside, x[p, column], T.float32(0))) for p in places]
+            for i in range(ROWS):
+                value = hold(_float(codes[i], byte, zeros[i]))
+                for r, factor in enumerate(right):
+                    store(dots, dots[r * ROWS + i] + value * factor, r * ROWS + i)
+    for index in range(len(places) * ROWS):
+        add(index, dots[index] * T.cast(sides[index % ROWS] & 255, "float32"))
+
+
+def _gather_quad(tile: "_Tile", y: Any, i: Expr, row: Expr, quad: Expr) -> None:
+    """Dequantize 4 columns of a row. A code times scale is exact: only the last product rounds."""
+    group = tile.group(hold(quad // QUADS))
+    side = hold(group.side(row))
+    codes = hold(group.word(row, quad % QUADS))
+    scale = hold(T.cast(side & 255, "float32"))
+    row_scale = hold(tile.weight.row_scale(tile.index, tile.count, row))
+    for byte in range(4):
+        with when(quad * 4 + byte < y.shape[1]):
+            value = _float(codes, byte, _zero(side >> 8))
+            store(y, value * scale * row_scale, i, quad * 4 + byte)
+
+
+def _quantize_group(x: Any, fmt: ActivationFormat, q: Any, row: Expr, group: Expr) -> None:
+    values, rest = registers(GROUP, "float32"), registers(GROUP, "int32")
+    peak = registers(1, "int32")
+    store(peak, T.int32(0), 0)
+    with T.unroll(0, GROUP) as i:
+        column = hold(group * GROUP + i)
+        value = T.if_then_else(column < x.shape[1], x[row, column], T.float32(0))
+        store(values, value, i)
+        # The bits of magnitudes order like integers, NaN on top: it ends in the scale.
+        store(peak, T.max(peak[0], T.reinterpret("int32", values[i]) & 0x7FFFFFFF), 0)
+    biggest = hold(T.reinterpret("float32", peak[0]))
+    small = biggest < T.float32(_TINY)
+    scale = hold(T.Select(small, T.float32(0), biggest / T.float32(fmt.top)))
+    # A division, as QuantizeLinear does it: times the inverse, exact halves round the other way.
+    divisor = hold(T.Select(small, T.float32(1), scale))
+    offset = T.reinterpret("int32", hold(T.float32(_ROUND)))
+    with T.unroll(0, GROUP) as i:
+        rounded = hold(values[i] / divisor + T.float32(_ROUND))
+        store(rest, T.reinterpret("int32", rounded) - offset, i)
+    for digit in reversed(range(fmt.digits)):
+        # A digit is what is left, over its weight; half of the weight rounds to nearest.
+        shift, half = 8 * digit, 1 << 8 * digit >> 1
+        line = row * fmt.digits + (fmt.digits - 1 - digit)
+        total, word = registers(1, "int32"), registers(1, "int32")
+        store(total, T.int32(0), 0)
+        with T.unroll(0, GROUP // 4) as quad:
+            store(word, T.int32(0), 0)
+            for byte in range(4):
+                at = quad * 4 + byte
+                value = hold(rest[at] + half >> shift)
+                store(rest, rest[at] - (value << shift), at)
+                store(total, total[0] + value, 0)
+                store(word, word[0] | (value & 255) << (8 * byte), 0)
+            store(q, word[0], line, group, quad)
+        weighted = hold(scale * T.float32(1 << shift))
+        store(q, T.reinterpret("int32", weighted), line, group, WORDS - 2)
+        store(q, total[0], line, group, WORDS - 1)
+
+
+def _reduce_rows(
+    block: Block, sums: Private, rows: int, write: Callable[[Expr, Expr, Expr, Expr], None]
+) -> None:
+    """Add up what the threads of a GEMV have: ``write(thread, row of tile, place, sum)``."""
+    slots, width, shares = block.threads // 4, rows * ROW_TILE, 8
+    parts, folded = block.shared(slots, width), block.shared(shares, width)
+
+    def keep(t: Expr) -> None:
+        for i in range(sums.count):
+            at = i // ROWS * ROW_TILE + t % 4 * ROWS + i % ROWS
+            store(parts, sums.get(t, i), t // 4, at)
+
+    def add_up(source: Any, first: Expr, count: int, column: Expr) -> Expr:
+        total = registers(1, "float32")
+        store(total, T.float32(0), 0)
+        with T.unroll(0, count) as i:
+            store(total, total[0] + source[first + i, column], 0)
+        return total[0]
+
+    def fold(t: Expr) -> None:
+        def one(item: Expr) -> None:
+            column, share = hold(item % width), hold(item // width)
+            per_share = slots // shares
+            store(folded, add_up(parts, share * per_share, per_share, column), share, column)
+
+        strided(t, block.threads, T.int64(shares * width), one)
+
+    def finish(t: Expr) -> None:
+        def one(column: Expr) -> None:
+            total = add_up(folded, T.int64(0), shares, column)
+            write(t, column % ROW_TILE, column // ROW_TILE, total)
+
+        strided(t, block.threads, T.int64(width), one)
+
+    for phase in (keep, fold, finish):
+        block.phase(phase)
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """The parameters that a packed weight is passed in; ``words`` is its data, 4 bytes a time."""
+
+    words: Any
+    table: Any
+
+    @classmethod
+    def declare(cls) -> Callable[[], "_Weight"]:
+        """Declares them as the next parameters; to be called once all parameters are declared."""
+        size, tiles = symbol("size"), symbol("tiles")
+        data, table = param("W", (size,), "uint8"), param("table", (tiles, 3), "int32")
+        return lambda: cls(T.decl_buffer((size // 4,), "uint32", data=data.data), table)
+
+    @property
+    def tiles(self) -> Expr:
+        """The number of tiles."""
+        return self.table.shape[0]
+
+    def formats(self, t: Expr, count: Expr) -> Iterator["_Tile"]:
+        """Tile ``t`` of ``count`` groups once for every layout, each time inside its branch."""
+        layout = hold(self.table[t, 0])
+        base, entries = (hold(T.cast(self.table[t, i], "int64")) for i in (1, 2))
+        for fmt in {fmt.layout: fmt for fmt in FORMATS.values()}.values():
+            with when(layout == fmt.layout):
+                yield _Tile(self, t, base, entries, count, fmt)
+
+    def row_scale(self, t: Expr, count: Expr, row: Expr) -> Expr:
+        """A row's scale as float32, in units that undo those of its codes.
+
+        The half float is widened by hand: exponent and fraction land in their places, and the
+        product moves the bias, for subnormals as well.
+        """
+        base = T.cast(self.table[t, 1], "int64") * (VECTOR // 4) + count % BLOCK * (SIDE // 4)
+        half = hold(self.words[base + row // 2] >> T.cast(row % 2 * 16, "uint32") & _u32(0xFFFF))
+        bits = (half & _u32(0x7FFF)) << _u32(13) | (half & _u32(0x8000)) << _u32(16)
+        shift = T.max(T.int32(ZERO_BITS) - self.table[t, 0], T.int32(0))
+        unit = T.reinterpret("float32", (T.int32(112 + 127) - shift) << 23)
+        return T.reinterpret("float32", bits) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """A packed tile of a known layout inside a kernel, which starts at the vector ``base``.
+
+    Its codes look up the vector ``entries``, if they do.
+    """
+
+    weight: _Weight
+    index: Expr
+    base: Expr
+    entries: Expr
+    count: Expr
+    fmt: Format
+
+    @contextmanager
+    def blocks(self, first: Expr, step: int) -> Iterator["_Run"]:
+        """Loop over every ``step``-th block of groups."""
+        blocks = (self.count + BLOCK - 1) // BLOCK
+        with T.serial(T.int64(0), (blocks - first + step - 1) // step) as i:
+            yield self.run(hold(first + i * step))
+
+    def run(self, index: Expr) -> "_Run":
+        """A block, counted from the first that has groups."""
+        side = BLOCK * SIDE // VECTOR
+        rest = self.count % BLOCK
+        header = (rest * SIDE + 2 * ROW_TILE + VECTOR - 1) // VECTOR
+        at_rest = T.And(rest > 0, index == 0)
+        before = index - T.Select(rest > 0, T.int64(1), T.int64(0))
+        whole = header + rest * self.fmt.bits + before * (side + BLOCK * self.fmt.bits)
+        start = hold(self.base + T.Select(at_rest, T.int64(0), whole))
+        return _Run(
+            self,
+            hold(T.Select(at_rest, T.int64(0), rest + before * BLOCK)),
+            hold(T.Select(at_rest, rest, T.int64(BLOCK))),
+            start,
+            hold(start + T.Select(at_rest, header, T.int64(side))),
+        )
+
+    def group(self, index: Expr) -> "_Group":
+        """A group by its number."""
+        rest = self.count % BLOCK
+        skipped = T.Select(rest > 0, T.int64(1), T.int64(0))
+        later = (index - rest) // BLOCK + skipped
+        run = self.run(hold(T.Select(index < rest, T.int64(0), later)))
+        return run.group(hold(index - run.first))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A block of a tile: its first group, their number, the vectors at which it and codes start."""
+
+    tile: _Tile
+    first: Expr
+    length: Expr
+    start: Expr
+    codes: Expr
+
+    def group(self, i: Expr) -> "_Group":
+        """A group by its place in the block."""
+        return _Group(
+            self.tile.weight.words,
+            self.tile.fmt,
+            self.tile.entries,
+            hold(self.first + i),
+            hold(self.start * ROW_TILE + i * (ROW_TILE // 4)),
+            hold(self.start * ROW_TILE + self.length * (ROW_TILE // 4) + i * (ROW_TILE // 8)),
+            hold(self.codes + i * self.tile.fmt.bits),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A group of a tile; its scales and zero-points start at these words, its codes at this vector.
+
+    A code here is a signed byte: a weight is ``scale * (code + offset)`` in units that make
+    zero-points whole. Codes of 8 bits, and what is looked up, are moved down by 128.
+    """
+
+    words: Any
+    fmt: Format
+    entries: Expr
+    index: Expr
+    scales: Expr
+    zeros: Expr
+    codes: Expr
+
+    def quad(self, quad: int | Expr, word: Callable[[int | Expr], Expr]) -> Expr:
+        """The codes of 4 columns of a row, as int32; ``word`` gives the row's word of a vector."""
+        shift = max(0, ZERO_BITS - self.fmt.value_bits)
+        codes, low = None, 0
+        for width in self.fmt.planes:
+            part = word(low + quad * width // 8)
+            if width < 8:
+                part = part >> _u32(quad % (8 // width) * width)
+                part = (part & _u32(0x01010101 * ((1 << width) - 1))) << _u32(low + shift)
+            codes = part if codes is None else codes | part
+            low += width
+        if self.fmt.codebook:
+            codes = self._looked_up(hold(codes))
+        if self.fmt.value_bits == 8:
+            codes = codes ^ _u32(0x80808080)
+        return T.reinterpret("int32", codes)
+
+    def _looked_up(self, codes: Expr) -> Expr:
+        """The entries that 4 codes look up: bytes of a vector that all threads read."""
+        found = None
+        for i in range(4):
+            code = hold(codes >> _u32(8 * i) & _u32(255))
+            word = self.words[self.entries * ROW_TILE + T.cast(code >> _u32(2), "int64")]
+            entry = (word >> ((code & _u32(3)) << _u32(3)) & _u32(255)) << _u32(8 * i)
+            found = entry if found is None else found | entry
+        return found
+
+    def word(self, row: Expr, quad: Expr) -> Expr:
+        """The codes of 4 columns of a row of the tile."""
+        return self.quad(quad, lambda vector: self.words[(self.codes + vector) * ROW_TILE + row])
+
+    def side(self, row: Expr) -> Expr:
+        """A row's scale in the low byte, and above it its offset, as int32."""
+        scale = self.words[self.scales + row // 4] >> _u32(row % 4 * 8) & _u32(255)
+        zero = self.words[self.zeros + row % 2] >> _u32(row // 2 * 4) & _u32(15)
+        return self._side(scale, zero)
+
+    def part(self, part: Expr) -> tuple[Any, list[Expr]]:
+        """A thread's words of all vectors, vector by vector, and the sides of its 4 rows."""
+        words = registers(self.fmt.bits * ROWS, "uint32")
+        for vector in range(self.fmt.bits):
+            # In this form TVM sees that it is a multiple of 4, and loads 16 bytes at once.
+            at = (self.codes + vector) * ROW_TILE + part * ROWS
+            store(words, load(self.words, at, lanes=ROWS), vector * ROWS)
+        scales = hold(self.words[self.scales + part])
+        zeros = [hold(self.words[self.zeros + i] >> _u32(part * 8)) for i in range(2)]
+        sides = [
+            hold(
+                self._side(
+                    scales >> _u32(8 * i) & _u32(255), zeros[i % 2] >> _u32(i // 2 * 4) & _u32(15)
+                )
+            )
+            for i in range(ROWS)
+        ]
+        return words, sides
+
+    def _side(self, scale: Expr, zero: Expr) -> Expr:
+        top = 128 if self.fmt.value_bits == 8 else 0
+        zero = T.cast(zero << _u32(max(0, self.fmt.value_bits - ZERO_BITS)), "int32")
+        return T.cast(scale, "int32") | (T.int32(top) - zero) << 8
+
+
+def _row_of(words: Any, row: int, vector: int | Expr) -> Expr:
+    """A row's word of a vector, in what a thread of a GEMV holds."""
+    return words[vector * ROWS + row]
+
+
+def _lines(records: Any, digits: int) -> Any:
+    """Quantized activations as [rows * digits, groups, words of a record]."""
+    m, size = records.shape
+    shape = (m * digits, size // (4 * WORDS * digits), WORDS)
+    return T.decl_buffer(shape, "int32", data=records.data)
+
+
+def _zero(offset: Expr) -> Expr:
+    """What ``_float`` takes away so that an offset is added: exact in float32."""
+    return T.cast(T.int32((1 << 23) + 128) - offset, "float32")
+
+
+def _float(codes: Expr, byte: int, zero: Expr) -> Expr:
+    """A signed byte of a word as float32, less ``zero``: written into the fraction of 2**23."""
+    unsigned = (codes >> (8 * byte) & 255) ^ 0x80
+    return T.reinterpret("float32", unsigned | 0x4B000000) - zero
+
+
+def _u32(value: int | Expr) -> Expr:
+    return T.uint32(value) if isinstance(value, int) else T.cast(value, "uint32")

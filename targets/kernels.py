@@ -1,0 +1,177 @@
+"""The kernels of every family of machines, behind one face.
+
+A family has a row in ``FAMILIES``; a target's TOML file names it (``[kernels] family``). Templates
+make TVM functions of frozen knobs; what a function takes is the same in all families and is said
+where the CPU's is defined.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, get_args
+
+import tvm
+from tvm.tirx import PrimFunc
+
+from mxcompile.errors import UsageError
+from mxcompile.formats import ActivationFormat
+from mxcompile.target import Target
+from mxcompile.targets import (
+    cpu_attention,
+    cpu_norm,
+    cpu_schedule,
+    cuda_binary,
+    cuda_schedule,
+)
+from mxcompile.targets.cpu_attention import Attention, Mask
+from mxcompile.targets.cpu_matmul import Instructions, MatmulKernel
+from mxcompile.targets.cpu_norm import Columns, Runs, Simd
+from mxcompile.targets.cuda_attention import CudaAttention
+from mxcompile.targets.cuda_matmul import CudaMatmul
+from mxcompile.targets.cuda_norm import CudaNorm
+
+
+class MatmulTemplates(Protocol):
+    """Matrix products with packed weights; see ``cpu_matmul``."""
+
+    def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
+        """Make ``(X, Q)``."""
+
+    def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
+        """Make ``(Q, W, table, Y)``."""
+
+    def matmul_f32(self) -> PrimFunc:
+        """Make ``(X, W, table, Y)``."""
+
+    def gather_rows(self) -> PrimFunc:
+        """Make ``(ids, W, table, Y)``."""
+
+
+class NormTemplates(Protocol):
+    """Kernels over the columns of rows; see ``cpu_norm``."""
+
+    def rms_norm(self, runs: Runs, eps: float) -> PrimFunc:
+        """Make ``(x, weight, y)``."""
+
+    def layer_norm(self, runs: Runs, eps: float) -> PrimFunc:
+        """Make ``(x, weight, bias, y)``."""
+
+    def softmax(self, runs: Runs) -> PrimFunc:
+        """Make ``(x, y)``."""
+
+
+class AttentionTemplates(Protocol):
+    """Attention and rotary embedding; see ``cpu_attention``."""
+
+    def append(self, a: Attention, dtype: str) -> PrimFunc:
+        """Make ``(k, v, past, keys, values)``."""
+
+    def attend(self, a: Attention, dtype: str) -> PrimFunc:
+        """Make ``(q, past, keys, values, out)``."""
+
+    def attend_all(self, a: Attention, mask: Mask | None) -> PrimFunc:
+        """Make ``(q, k, v, [mask,] out)``."""
+
+    def rotary(self, heads: int, dim: int, rotated: int, source: Columns | None) -> PrimFunc:
+        """Make ``(x, cos, sin, y)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What lowering to a family takes.
+
+    ``schedule`` is for functions that no template made, ``pipeline`` is the name of TVM's passes
+    from functions to machine code, and ``building`` is to be entered around them.
+    """
+
+    matmul: MatmulTemplates
+    norm: NormTemplates
+    attention: AttentionTemplates
+    schedule: Callable[[tvm.IRModule], tvm.IRModule]
+    pipeline: str = "default"
+    building: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def of(target: Target, layouts: tuple[int, ...] = ()) -> Kernels:
+    """The kernels for a target, and for weights of these layouts; for all where none are given.
+
+    Raises:
+        UsageError: there are none for its instructions.
+    """
+    return FAMILIES[target.kernels](target, layouts)
+
+
+@dataclass(frozen=True, slots=True)
+class _CpuNorm:
+    simd: Simd
+
+    def rms_norm(self, runs: Runs, eps: float) -> PrimFunc:
+        return cpu_norm.rms_norm(runs, eps, self.simd)
+
+    def layer_norm(self, runs: Runs, eps: float) -> PrimFunc:
+        return cpu_norm.layer_norm(runs, eps, self.simd)
+
+    def softmax(self, runs: Runs) -> PrimFunc:
+        return cpu_norm.softmax(runs, self.simd)
+
+
+@dataclass(frozen=True, slots=True)
+class _CpuAttention:
+    simd: Simd
+
+    def append(self, a: Attention, dtype: str) -> PrimFunc:
+        return cpu_attention.append(a, dtype, self.simd)
+
+    def attend(self, a: Attention, dtype: str) -> PrimFunc:
+        return cpu_attention.attend(a, dtype, self.simd)
+
+    def attend_all(self, a: Attention, mask: Mask | None) -> PrimFunc:
+        return cpu_attention.attend_all(a, mask, self.simd)
+
+    def rotary(self, heads: int, dim: int, rotated: int, source: Columns | None) -> PrimFunc:
+        return cpu_attention.rotary(heads, dim, rotated, source, self.simd)
+
+
+def _cpu(target: Target, layouts: tuple[int, ...]) -> Kernels:
+    known = get_args(Instructions)
+    if target.instructions not in known:
+        raise UsageError(
+            f"target {target.name}: no instructions {target.instructions}; {', '.join(known)}"
+        )
+    simd = Simd(lanes=target.vector_bits // 32)
+    return Kernels(
+        MatmulKernel(target.instructions, layouts=layouts),  # type: ignore[arg-type]
+        _CpuNorm(simd),
+        _CpuAttention(simd),
+        lambda mod: cpu_schedule.schedule(mod, simd),
+    )
+
+
+def _cuda(target: Target, _layouts: tuple[int, ...]) -> Kernels:
+    tvm_target = tvm.target.Target(dict(target.tvm))
+    return Kernels(
+        CudaMatmul(),
+        CudaNorm(),
+        CudaAttention(),
+        lambda mod: cuda_schedule.schedule(mod, tvm_target),
+        cuda_schedule.pipeline(),
+        lambda: cuda_binary.embedding(str(target.tvm["arch"])),
+    )
+
+
+def _cuda_on_cpu(target: Target, layouts: tuple[int, ...]) -> Kernels:
+    """The kernels of ``_cuda`` in a reading that shows on any CPU what they compute, not fast."""
+    return Kernels(
+        CudaMatmul(splits=2, tiles=2, batches=1, rows=1, serial=True),
+        CudaNorm(serial=True),
+        CudaAttention(splits=2, serial=True),
+        _cpu(target, layouts).schedule,
+    )
+
+
+FAMILIES: Final[Mapping[str, Callable[[Target, tuple[int, ...]], Kernels]]] = {
+    "cpu": _cpu,
+    "cuda": _cuda,
+    "cuda-on-cpu": _cuda_on_cpu,
+}
+"""How to make the kernels of a family for one of its targets."""

@@ -1,0 +1,162 @@
+"""CUDA attention, rotary and norms, serially on this CPU and on a GPU, against float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mxcompile.targets.cpu_attention import Attention, Mask
+from mxcompile.targets.cpu_norm import Columns, Runs
+from mxcompile.targets.cuda_norm import CudaNorm
+from tests.cuda import Reading, readings
+from tests.test_cpu_attention import LONGEST, reference, split
+from tests.test_cpu_norm import EPS, exact_layer_norm, exact_rms_norm, exact_softmax
+
+Array = NDArray[Any]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(params=readings(), ids=str)
+def reading(request: pytest.FixtureRequest) -> Reading:
+    return request.param  # type: ignore[no-any-return]
+
+
+class Built:
+    """A kernel that is built once; what it must write is NaN before."""
+
+    def __init__(self, reading: Reading, kernel: Any) -> None:
+        self._main, self._tensor = reading.build({"main": kernel})["main"], reading.tensor
+
+    def __call__(self, inputs: list[Any], shape: tuple[int, ...]) -> Array:
+        out = self._tensor(np.full(shape, np.nan, np.float32))
+        self._main(*(self._tensor(x) if isinstance(x, np.ndarray) else x for x in inputs), out)
+        return np.asarray(out.numpy())
+
+
+CASES = {
+    "windowed": (Attention(4, 1, 256, 0.0625, window=20), "float16"),
+    "grouped": (Attention(4, 2, 16, 0.25, softcap=3.0), "float32"),
+    "odd, from one buffer": (
+        Attention(
+            6, 2, 20, 0.2, q=Columns(230, 10), k=Columns(230, 130), v=Columns(230, 170), window=33
+        ),
+        "float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cached_attention_matches_float64(
+    reading: Reading, case: str, rng: np.random.Generator
+) -> None:
+    a, dtype = CASES[case]
+    attend, batch = Built(reading, reading.attention.attend(a, dtype)), 2
+    write = reading.build({"main": reading.attention.append(a, dtype)})["main"]
+    for seq, past in ((1, 0), (1, 9), (1, 260), (3, 7), (50, 0), (37, 100)):
+        keys, values = (
+            rng.standard_normal((batch, a.kv_heads, LONGEST, a.dim)).astype(dtype) for _ in range(2)
+        )
+        for cache in (keys, values):  # whoever reads beyond the end meets NaN
+            cache[:, :, past:] = np.nan
+        places = ((a.q, a.heads), (a.k, a.kv_heads), (a.v, a.kv_heads))
+        inputs = [
+            rng.standard_normal((batch, seq, place.width if place else heads * a.dim), np.float32)
+            for place, heads in places
+        ]
+        if a.q:
+            inputs[1:] = [inputs[0]] * 2
+        offsets = [(place.offset if place else 0, heads * a.dim) for place, heads in places]
+        q, k, v = (x[..., o : o + n] for x, (o, n) in zip(inputs, offsets, strict=True))
+        caches = [reading.tensor(c) for c in (keys, values)]
+        at = reading.tensor(np.array([past]))
+        write(*map(reading.tensor, inputs[1:]), at, *caches)
+        for cache, new in zip((keys, values), (k, v), strict=True):
+            cache[:, :, past : past + seq] = split(new, a.kv_heads)
+        for cache, want in zip(caches, (keys, values), strict=True):
+            np.testing.assert_array_equal(cache.numpy(), want)
+        out = attend([inputs[0], at, *caches], (batch, seq, a.heads * a.dim))
+        seen = past + seq
+        want, bound = reference(a, q, keys[:, :, :seen], values[:, :, :seen], past)
+        np.testing.assert_allclose(out, want, atol=bound, rtol=0, err_msg=f"{seq} {past}")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [None, Mask(), Mask("bool", per_query=True), Mask(per_head=True, per_query=True)],
+    ids=str,
+)
+def test_attend_all_matches_float64(
+    reading: Reading, mask: Mask | None, rng: np.random.Generator
+) -> None:
+    a = Attention(4, 2, 32, 0.2, causal=False, k=Columns(100, 30))
+    built = Built(reading, reading.attention.attend_all(a, mask))
+    for s, t in ((1, 1), (5, 70), (60, 131)):
+        q = rng.standard_normal((2, s, 128), np.float32)
+        k = rng.standard_normal((2, t, 100), np.float32)
+        v = rng.standard_normal((2, t, 64), np.float32)
+        inputs: list[Array] = [q, k, v]
+        bias = None
+        if mask:
+            shape = (2, a.heads if mask.per_head else 1, s if mask.per_query else 1, t)
+            keep = rng.random(shape) < 0.7
+            keep[..., 0] = True
+            bias = np.where(keep, rng.standard_normal(shape), -np.inf).astype(np.float32)
+            if mask.dtype == "bool":
+                bias = np.where(keep, np.float32(0), np.float32(-np.inf))
+            inputs.append(keep if mask.dtype == "bool" else bias)
+        want, bound = reference(a, q, split(k[..., 30:94], 2), split(v, 2), 0, bias)
+        np.testing.assert_allclose(built(inputs, (2, s, 128)), want, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize(("dim", "rotated"), [(64, 0), (20, 10)])
+def test_rotary_matches_definition(
+    reading: Reading, dim: int, rotated: int, rng: np.random.Generator
+) -> None:
+    heads, half, s = 3, (rotated or dim) // 2, 7
+    width = heads * dim + 12
+    x = rng.standard_normal((2, s, width), np.float32)
+    angle = rng.standard_normal((2, s, half))
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    rows = x[..., 5 : 5 + heads * dim].reshape(2, s, heads, dim).astype(np.float64)
+    low, high, rest = np.split(rows, [half, 2 * half], axis=-1)
+    c, n = cos[:, :, None], sin[:, :, None]
+    want = np.concatenate([low * c - high * n, high * c + low * n, rest], axis=-1)
+    kernel = reading.attention.rotary(heads, dim, rotated, Columns(width, 5))
+    got = Built(reading, kernel)([x, cos, sin], (2, s, heads * dim)).reshape(want.shape)
+    np.testing.assert_allclose(got, want, rtol=0, atol=3 * 2.0**-24 * np.abs(x).max())
+
+
+NORMS: dict[str, tuple[Callable[[CudaNorm, Runs], Any], Callable[..., Array], int]] = {
+    "rms-norm": (lambda norm, runs: norm.rms_norm(runs, EPS), exact_rms_norm, 1),
+    "layer-norm": (lambda norm, runs: norm.layer_norm(runs, EPS), exact_layer_norm, 2),
+    "softmax": (CudaNorm.softmax, exact_softmax, 0),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(("size", "symbolic"), [(7, False), (300, False), (300, True)])
+def test_norms_match_float64(
+    reading: Reading, name: str, size: int, symbolic: bool, rng: np.random.Generator
+) -> None:
+    make, exact, weights = NORMS[name]
+    x = rng.standard_normal((3, 5, 2 * size + 9), np.float32) + np.float32(0.5)
+    others = [rng.standard_normal(size, np.float32) for _ in range(weights)]
+    if symbolic:
+        x = np.ascontiguousarray(x[..., :size])
+        parts, runs = x[:, :, None], Runs(0)
+    else:
+        parts = x[..., 4 : 4 + 2 * size].reshape(3, 5, 2, size)
+        runs = Runs(size, 2, 3, Columns(2 * size + 9, 4))
+    want = exact(*(v.astype(np.float64) for v in (parts, *others)))
+    got = Built(reading, make(reading.norm, runs))([x, *others], (3, 5, want.size // 15)).reshape(
+        want.shape
+    )
+    # Threads add up size / 128 terms, then 128 of them; some roundings of values of this magnitude.
+    bound = (size / 128 + 32) * 2.0**-24 * float(np.abs(want).max() + 1)
+    np.testing.assert_allclose(got, want, rtol=0, atol=bound)

@@ -1,0 +1,202 @@
+"""Deploying: what is unpacked runs by itself, here and on an emulated ARM machine."""
+
+import platform
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm
+from tvm.support import cc
+
+from mxcompile import artifact, cli, deploy
+from mxcompile.errors import ArtifactError, UsageError
+from tests import conftest, toy
+
+WHEELS = Path(__file__).parent.parent / "build" / "wheels"
+"""Where TVM's wheels for ARM may lie; see the README for how they get there."""
+
+VERSIONS = {name: metadata.version(package) for name, (package, _) in deploy.LIBRARIES.items()}
+FEEDS = {
+    "x": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "y": np.ones((3, 4), np.float32),
+}
+
+
+@pytest.fixture
+def graph(compiled: Path, mxrun: Path) -> Path:
+    """An artifact to deploy; the runner is compiled already."""
+    return compiled / "graph.mxc"
+
+
+def unpack_and_run(archive: Path, folder: Path, emulator: Sequence[str] = ()) -> None:
+    """Do what a device does, in an environment of its own."""
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    np.savez(folder / "in.npz", **FEEDS)  # type: ignore[arg-type]
+    words = ["graph/mxrun", "graph/graph.mxc", "--input", "in.npz", "--output", "out.npz"]
+    program = shutil.which(emulator[0]) if emulator else None
+    command = [*([program, *emulator[1:]] if program else []), *words]
+    done = subprocess.run(command, cwd=folder, env={}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "out.npz") as found:
+        np.testing.assert_array_equal(found["s"], FEEDS["x"] * toy.SCALE)
+        np.testing.assert_array_equal(found["t"], FEEDS["x"] + FEEDS["y"])
+
+
+def test_what_is_unpacked_runs(graph: Path, tmp_path: Path) -> None:
+    made = deploy.deploy(graph, tmp_path / "device.tar.gz", cache=conftest.RUNNERS)
+    assert made.machine == platform.machine()
+    unpack_and_run(made.archive, tmp_path)
+    files = {path.name for path in (tmp_path / "graph").iterdir()}
+    assert files == {
+        *("mxrun", "libmxrun.so", "mxrun.h", "libtvm_runtime.so", "libtvm_ffi.so"),
+        *("licenses", "graph.mxc"),
+    }
+    assert len(list((tmp_path / "graph" / "licenses").iterdir())) >= 3
+    assert made.bytes_beside_model < 10e6
+    unpacked = [path for path in (tmp_path / "graph").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in unpacked) == sum(made.files.values())
+    assert artifact.load(tmp_path / "graph" / "graph.mxc") is not None
+
+
+def test_the_same_artifact_gives_the_same_archive(graph: Path, tmp_path: Path) -> None:
+    archives = [tmp_path / name for name in ("a.tar.gz", "b.tar.gz")]
+    for path in archives:
+        deploy.deploy(graph, path, cache=conftest.RUNNERS)
+    assert archives[0].read_bytes() == archives[1].read_bytes()
+
+
+def test_the_library_serves_a_c_program(graph: Path, compiled: Path, tmp_path: Path) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    made = deploy.deploy(graph, tmp_path / "device.tar.gz", cache=conftest.RUNNERS)
+    with tarfile.open(made.archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    (tmp_path / "main.c").write_text("""
+        #include <stdio.h>
+        #include "mxrun.h"
+        int main(int argc, char** argv) {
+            mx_model* model;
+            mx_session* session;
+            const uint32_t tokens[] = {2, 3, 4};
+            const float* logits;
+            if (argc != 2 || mx_open(argv[1], &model) != 0 || mx_start(model, 0, &session) != 0 ||
+                mx_feed(session, tokens, 3, &logits) != 0) {
+                fprintf(stderr, "%s\\n", mx_error());
+                return 1;
+            }
+            printf("%.9g %.9g\\n", logits[0], logits[39]);
+            mx_end(session);
+            mx_close(model);
+            return 0;
+        }""")
+    folder = tmp_path / "graph"
+    command = ["cc", "-Wall", "-Werror", f"-I{folder}", "main.c", f"{folder}/libmxrun.so"]
+    command += [f"-Wl,-rpath,{folder}", f"-Wl,-rpath-link,{folder}", "-o", "main"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [tmp_path / "main", compiled / "toy.mxc"], capture_output=True, text=True, check=True
+    )
+    expected = toy.logits([2, 3, 4])[-1]
+    assert [float(word) for word in done.stdout.split()] == [expected[0], expected[39]]
+    failed = subprocess.run(
+        [tmp_path / "main", tmp_path / "none.mxc"], capture_output=True, text=True, check=False
+    )
+    assert (failed.returncode, "does not exist" in failed.stderr) == (1, True)
+
+
+def test_the_runner_is_compiled_once(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(deploy, "_compile", fail)
+    deploy.deploy(graph, tmp_path / "device.tar.gz", cache=conftest.RUNNERS)
+    with pytest.raises(AssertionError):
+        deploy.deploy(graph, tmp_path / "device.tar.gz", cache=tmp_path / "other")
+
+
+def test_wheels_from_a_folder(graph: Path, tmp_path: Path) -> None:
+    site = Path(str(metadata.distribution("apache-tvm").locate_file("")))
+    for name, (package, library) in deploy.LIBRARIES.items():
+        stem = f"{package.replace('-', '_')}-{VERSIONS[name]}"
+        folder = library.partition("/")[0]
+        members = [*(site / folder / "include").rglob("*.h"), site / library]
+        members += (site / f"{stem}.dist-info" / "licenses").iterdir()
+        wheel = tmp_path / f"{stem}-py3-none-manylinux_2_28_{platform.machine()}.whl"
+        with zipfile.ZipFile(wheel, "w") as packed:
+            for path in members:
+                packed.write(path, path.relative_to(site))
+    # The same libraries: the runner need not be compiled again.
+    made = deploy.deploy(graph, tmp_path / "device.tar.gz", wheels=tmp_path, cache=conftest.RUNNERS)
+    unpack_and_run(made.archive, tmp_path)
+    wheel.write_bytes(b"PK")
+    with pytest.raises(UsageError, match="is not a wheel"):
+        deploy.deploy(graph, tmp_path / "d.tar.gz", wheels=tmp_path, cache=conftest.RUNNERS)
+
+
+def test_what_is_not_here_is_named(graph: Path, tmp_path: Path) -> None:
+    other = {"x86_64": "aarch64", "aarch64": "x86_64"}[platform.machine()]
+    number = next(key for key, name in deploy.MACHINES.items() if name == other)
+    folder = Path(shutil.copytree(graph, tmp_path / "graph.mxc"))
+    code = bytearray((folder / artifact.CODE).read_bytes())
+    code[18:20] = number.to_bytes(2, "little")
+    (folder / artifact.CODE).write_bytes(code)
+    files = dict(artifact.load(graph).manifest.files)
+    files[artifact.CODE] = artifact._record(folder / artifact.CODE)
+    shutil.copy(graph / artifact.CODE, folder / artifact.CODE)
+    toy.edit_manifest(folder, files=files)
+    (folder / artifact.CODE).write_bytes(code)
+    archive = tmp_path / "device.tar.gz"
+    with pytest.raises(UsageError, match=rf"for {other}.*pip download .*manylinux_2_28_{other}"):
+        deploy.deploy(folder, archive)
+    with pytest.raises(UsageError, match=rf"has no apache_tvm-.*_{other}\.whl"):
+        deploy.deploy(folder, archive, wheels=tmp_path)
+    with pytest.raises(UsageError, match=r"no C\+\+ compiler for .*: no-such is not installed"):
+        deploy.deploy(graph, archive, compiler="no-such --flag")
+    with pytest.raises(UsageError, match="false failed"):
+        deploy.deploy(graph, archive, compiler="false")
+    (folder / artifact.CODE).write_bytes(b"no code")
+    with pytest.raises(ArtifactError):
+        deploy.deploy(folder, archive)
+    assert not archive.exists()
+
+
+def test_the_verb(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = tmp_path / "device.tar.gz"
+    assert cli.main(["deploy", str(tmp_path / "none.mxc"), "-o", str(archive)]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert cli.main(["deploy", str(graph), "-o", str(archive), "--cxx", "no-such"]) == 2
+    assert "no C++ compiler" in capsys.readouterr().err
+
+
+def test_an_emulated_arm_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
+    lacking = [name for name in (compiler, emulator) if shutil.which(name) is None]
+    lacking += [] if list(WHEELS.glob("*aarch64.whl")) else [str(WHEELS)]
+    if lacking:
+        pytest.skip(f"no emulated ARM machine without {', '.join(lacking)}")
+
+    def cross(builder: tvm.relax.BlockBuilder, path: Path) -> None:
+        target = tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "num-cores": 2})
+        program = tvm.compile(builder.get(), target=target)
+        program.export_library(str(path), fcompile=cc.cross_compiler(compiler))
+
+    monkeypatch.setattr(toy, "_compile", cross)
+    toy.compile_graph(tmp_path / "graph.so")
+    with artifact.staged(tmp_path / "graph.mxc") as folder:
+        code, scale = tmp_path / "graph.so", {"w": toy.SCALE}
+        artifact.write(folder, toy.graph_manifest(), code=code, weights=scale, plan=toy.PLAN)
+    made = deploy.deploy(
+        tmp_path / "graph.mxc", tmp_path / "arm.tar.gz", wheels=WHEELS, cache=conftest.RUNNERS
+    )
+    assert made.machine == "aarch64"
+    (tmp_path / "device").mkdir()
+    unpack_and_run(made.archive, tmp_path / "device", [emulator, "-L", "/usr/aarch64-linux-gnu"])

@@ -1,0 +1,114 @@
+"""Sorted token tables: the same model, and tiles of rows that are alike."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from mxcompile import graph, passes, target
+from mxcompile.instruments import Verify
+from mxcompile.interpret import Interpreter
+from mxcompile.passes import sort_vocabulary
+from mxcompile.pipeline import Context, Pipeline
+from mxcompile.statistics import Statistics, UseStatistics, shrunk
+
+ROWS, COLUMNS = 2048, 32
+LANGUAGE_MODEL = """
+<ir_version: 10, opset_import: ["" : 23, "mxcompile" : 1]>
+g (int64[batch, seq] input_ids) => (float[batch, seq, 2048] logits) {
+    e = Gather(table, input_ids)
+    d = mxcompile.Linear(e, layer)
+    l = mxcompile.Linear(d, table)
+    logits = Mul(l, scale)
+}
+<domain: "mxcompile", opset_import: ["" : 23]>
+Linear (x, w) => (y) {
+    t = Transpose<perm = [1, 0]>(w)
+    y = MatMul(x, t)
+}
+"""
+
+
+@pytest.fixture
+def model() -> ir.Model:
+    rng = np.random.default_rng(0)
+    found = ir.from_proto(onnx.parser.parse_model(LANGUAGE_MODEL))
+    read = {v.name: v for node in found.graph for v in node.inputs if v is not None}
+    weights = {"table": (ROWS, COLUMNS), "layer": (COLUMNS, COLUMNS), "scale": ()}
+    for name, shape in weights.items():
+        data = rng.standard_normal(shape).astype(np.float32)
+        value = read[name]
+        value.const_value = ir.Tensor(data, name=name)
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+        found.graph.register_initializer(value)
+    graph.infer_shapes(found)
+    return found
+
+
+@pytest.fixture
+def statistics() -> Statistics:
+    rng = np.random.default_rng(1)
+    uses = (
+        UseStatistics(
+            "embedding", "input_ids", np.ones(COLUMNS, np.float32), rng.random(ROWS).astype("f4")
+        ),
+        UseStatistics("linear", "d", np.eye(COLUMNS, dtype="f4"), rng.random(ROWS).astype("f4")),
+    )
+    layer = UseStatistics("linear", "e", np.eye(COLUMNS, dtype="f4"), np.ones(COLUMNS, "f4"))
+    return Statistics(1, {"table": uses, "layer": (layer,)}, {"table": (1.0, 2.0), "layer": (1.0,)})
+
+
+def sort(model: ir.Model, statistics: Statistics | None) -> ir.Model:
+    ctx = Context(target.find("x86-avx512vnni"), statistics=statistics)
+    return Pipeline.parse(passes.SORT, passes.REGISTRY).run(model, ctx, [Verify()])
+
+
+def test_the_model_computes_the_same(model: ir.Model, statistics: Statistics) -> None:
+    ids = {"input_ids": torch.from_numpy(np.random.default_rng(2).integers(0, ROWS, (2, 5)))}
+    expected = Interpreter(model).run(ids)["logits"]
+    found = sort(model, statistics)
+    assert not np.array_equal(graph.weight(found, "table"), graph.weight(model, "table"))
+    torch.testing.assert_close(Interpreter(found).run(ids)["logits"], expected)
+    assert found.graph.outputs[0].name == "logits"
+
+
+def test_rows_fall_by_the_damage_of_their_errors(model: ir.Model, statistics: Statistics) -> None:
+    found = sort(model, statistics)
+    order = sort_vocabulary.orders(found)
+    assert list(order) == ["table"]
+    table = graph.weight(model, "table")
+    np.testing.assert_array_equal(graph.weight(found, "table"), table[order["table"]])
+    lookup, head = statistics.uses["table"]
+    damage = (shrunk(lookup.rows) + 2 * shrunk(head.rows)) * np.square(table).sum(1)
+    assert (np.diff(damage[order["table"]]) <= 1e-6).all()
+
+
+def test_statistics_follow_the_rows(model: ir.Model, statistics: Statistics) -> None:
+    order = sort_vocabulary.orders(sort(model, statistics))["table"]
+    delta = torch.from_numpy(graph.weight(model, "table").copy())
+    moved = statistics.sorted("table", order)
+    expected = statistics.damage("table", delta)[order]
+    torch.testing.assert_close(moved.damage("table", delta[order]), expected)
+    part = moved.damage("table", delta[order][100:200], 100)
+    torch.testing.assert_close(part, expected[100:200])
+
+
+def test_a_table_that_something_else_reads_stays(model: ir.Model, statistics: Statistics) -> None:
+    (last,) = graph.select(model.graph, "Mul")
+    other = graph.node_after(last, model, "Softmax", [last.outputs[0]], "other")
+    other.type, other.shape = last.outputs[0].type, last.outputs[0].shape
+    model.graph.outputs[0] = other  # no logits: the second use is a layer like any other
+    assert sort_vocabulary.orders(sort(model, statistics)) == {}
+
+
+def test_without_statistics_nothing_is_sorted(model: ir.Model) -> None:
+    assert sort_vocabulary.orders(sort(model, None)) == {}
+
+
+def test_equal_rows_keep_their_places(model: ir.Model, statistics: Statistics) -> None:
+    none = replace(statistics, factors={**statistics.factors, "table": (0.0, 0.0)})
+    order = none.order("table", graph.weight(model, "table"))
+    np.testing.assert_array_equal(order, np.arange(ROWS))
