@@ -16,17 +16,17 @@ from mxcompile import graph
 from mxcompile.formats import ACTIVATION_FORMATS, ActivationFormat
 from mxcompile.statistics import Statistics
 
-Choice: TypeAlias = Literal["auto", "int8", "int16", "fp32"]
+ActivationChoice: TypeAlias = Literal["auto", "int8", "int16", "fp32"]
 AUTO: Final = "auto"
 FLOAT: Final = "fp32"
-CHOICES: Final[tuple[Choice, ...]] = (AUTO, "int8", "int16", FLOAT)
+CHOICES: Final[tuple[ActivationChoice, ...]] = (AUTO, "int8", "int16", FLOAT)
 
 SHARE: Final = 0.1
 """By how much ``auto`` may raise the multiplications of a prefill."""
 
 
 def choose_activations(
-    model: ir.Model, statistics: Statistics, choice: Choice = AUTO
+    model: ir.Model, statistics: Statistics, choice: ActivationChoice = AUTO
 ) -> dict[str, ActivationFormat]:
     """The formats of what linear layers read, by the names of the values.
 

@@ -220,6 +220,16 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--resume", action="store_true", help="the same as --cache MODEL.cache, beside the model"
     )
+    _add_log(verb)
+
+
+def _add_log(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--log",
+        type=Path,
+        metavar="DIR",
+        help="where tuning records are (default: ~/.local/share/mxcompile)",
+    )
 
 
 def _add_strategy(verb: argparse.ArgumentParser) -> None:
@@ -272,6 +282,7 @@ def _job(args: argparse.Namespace) -> "Job":
         ),
         verify=args.verify if compiling else "quick",
         strategy=getattr(args, "strategy", "ours"),
+        log=args.log,
         shapes=tuple(args.shape or ()),
         output=(compiling and args.output) or Path(args.model.with_suffix(".mxc").name),
         force=compiling and args.force,
@@ -432,6 +443,96 @@ def _export(args: argparse.Namespace) -> None:
         export(args.source, args.output, progress=shown.note)
     data = {"output": str(args.output), "seconds": shown.seconds}
     _show(args, data, f"{args.output} written in {shown.seconds['export']:.0f} s")
+
+
+# tune
+
+
+def _add_tune(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx|OUT.mxc")
+    verb.add_argument("--target", default="x86", metavar="NAME", help="(default: x86)")
+    verb.add_argument(
+        "--trials", type=_positive, help="at most, a case (default: until none helps)"
+    )
+    verb.add_argument("--time", type=_seconds, metavar="TIME", help="such as 10min or 30s")
+    verb.add_argument("-t", "--threads", type=_positive, help="(default: one a physical core)")
+    verb.add_argument(
+        "--import", dest="source", type=Path, metavar="FILE", help="take in the records of a file"
+    )
+    verb.add_argument("--export", type=Path, metavar="FILE", help="write all records to a file")
+    _add_log(verb)
+
+
+def _seconds(text: str) -> float:
+    units = {"s": 1, "min": 60, "h": 3600}
+    number = text.rstrip("hmins")
+    if not number.isdecimal() or int(number) == 0 or (unit := text[len(number) :]) not in units:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a time such as 30s, 10min or 1h")
+    return int(number) * units[unit]
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from mxcompile import records
+
+    log = args.log or records.user_folder()
+    if not (args.model or args.source or args.export):
+        raise UsageError("tune takes a model, --import or --export; see mxcompile tune --help")
+    data: dict[str, Any] = {"log": str(log / records.FILE)}
+    lines = []
+    if args.source:
+        data["imported"] = records.merge(args.source, log)
+        lines.append(f"{data['imported']} new records from {args.source}")
+    if args.model:
+        rows = _tune_model(args, log)
+        data["cases"] = rows
+        lines.append(_tuned_table(rows))
+        lines.append(f"{sum(row['trials'] for row in rows)} trials; records in {data['log']}")
+    if args.export:
+        data["exported"] = records.export(log, args.export)
+        lines.append(f"{data['exported']} records to {args.export}")
+    _show(args, data, "\n".join(lines))
+
+
+def _tune_model(args: argparse.Namespace, log: Path) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    from mxcompile import target
+    from mxcompile.compiler import tune_model
+    from mxcompile.runtime import cores
+    from mxcompile.tune import Limits
+
+    found = tune_model(
+        args.model,
+        target.find(args.target),
+        args.threads or cores(),
+        Limits(args.trials, args.time),
+        log,
+        _progress(args),
+    )
+    return [
+        {
+            **asdict(outcome.case),
+            "default_us": outcome.default_us,
+            "best_us": outcome.best_us,
+            "knobs": asdict(outcome.knobs),
+            "trials": outcome.trials,
+        }
+        for outcome in found
+    ]
+
+
+def _tuned_table(rows: list[dict[str, Any]]) -> str:
+    head = ("format", "rows", "columns", "batch", "threads", "default us", "best us", "trials")
+    lines = [
+        (
+            *(row[name] for name in head[:5]),
+            f"{row['default_us']:.1f}",
+            f"{row['best_us']:.1f}",
+            row["trials"],
+        )
+        for row in rows
+    ]
+    return _table(head, lines)
 
 
 # run
@@ -823,6 +924,7 @@ _VERBS: Final[dict[str, tuple[_Add, _Run, str]]] = {
     "export": (_add_export, _export, "turn a Hugging Face folder or a GGUF file into ONNX"),
     "plan": (_add_plan, _plan, "choose the precisions, generate no code"),
     "compare": (_add_compare, _compare, "measure strategies of spending a budget side by side"),
+    "tune": (_add_tune, _tune, "search the kernels' knobs on this machine, keep what was found"),
     "run": (_add_run, _run, "generate text, or run a model on arrays"),
     "eval": (_add_eval, _evaluate, "measure how far a model is from its reference"),
     "bench": (_add_bench, _bench, "measure tokens a second"),

@@ -19,25 +19,30 @@ from mxcompile import (
     lower,
     passes,
     price,
+    records,
     report,
+    roofline,
     runtime,
     strategies,
     target,
+    tune,
     verify,
 )
-from mxcompile.activations import AUTO, Choice, choose_activations
+from mxcompile.activations import AUTO, ActivationChoice, choose_activations
 from mxcompile.artifact import Artifact
 from mxcompile.budget import Budgets
 from mxcompile.errors import PlanError, UnsupportedError, UsageError
 from mxcompile.evidence import Evidence
 from mxcompile.formats import FORMATS
 from mxcompile.instruments import Dump, Verify
-from mxcompile.latency import Latency
+from mxcompile.knobs import Choice, choose
+from mxcompile.latency import Latency, predict
 from mxcompile.passes import sort_vocabulary
 from mxcompile.pipeline import Context, Instrument, Pipeline
 from mxcompile.plan import CODEBOOK_BYTES, PrecisionPlan, Rule
 from mxcompile.price import Costs
 from mxcompile.progress import Progress
+from mxcompile.records import Records
 from mxcompile.samples import Samples
 from mxcompile.solve import ANY_SPEED, Solution, solve, sweep
 from mxcompile.statistics import Statistics
@@ -60,7 +65,7 @@ class Job:
     budgets: tuple[str, ...]
     output: Path
     force: bool = False
-    activations: Choice = AUTO
+    activations: ActivationChoice = AUTO
     kv_dtype: Literal["fp16", "fp32"] = "fp16"
     emit_onnx: Path | None = None
     dump_ir: Path | None = None
@@ -72,6 +77,7 @@ class Job:
     rules: tuple[Rule, ...] = ()
     verify: Literal["quick", "full"] = "quick"
     strategy: str = strategies.OURS
+    log: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +150,7 @@ def _build(job: Job, where: target.Target, planned: Planned, progress: Progress)
             emit(quantized, job.emit_onnx)
     with progress.stage("lower"):
         fused = _run(job, passes.FUSE, quantized, ctx)
-        lowered = lower.lower(fused, ctx)
+        lowered = lower.lower(fused, ctx, _choice(job, where, progress))
     del quantized, fused
     with tempfile.TemporaryDirectory(prefix="mxcompile-") as scratch:
         code = Path(scratch) / artifacts.CODE
@@ -188,6 +194,55 @@ def _verify(
         progress.note(f"not verified on this host: it cannot run {where.name} programs")
         return {}
     return verify.check(built, job.model, planned.samples, planned.predicted)
+
+
+def _choice(job: Job, where: target.Target, progress: Progress) -> Choice:
+    """The knobs that this machine's tuning records are for, if the program is for its like."""
+    if not where.runs_here:
+        return Choice()
+    known = _records(job)
+    if len(known):
+        progress.note(f"{len(known)} tuning records of this machine choose the kernels' knobs")
+    return choose(known, runtime.cores())
+
+
+def tune_model(
+    model: Path,
+    where: target.Target,
+    threads: int,
+    limits: tune.Limits,
+    log: Path,
+    progress: Progress,
+) -> list[tune.Outcome]:
+    """Tune the kernels for the products of a model or an artifact; records go into ``log``.
+
+    Raises:
+        UsageError: this machine cannot run the target's kernels.
+    """
+    tune.check_host(where)
+    with progress.stage("load"):
+        if model.is_dir():
+            shapes = tune.artifact_shapes(artifacts.load(model))
+        else:
+            loaded = Pipeline.parse(passes.FRONT, passes.REGISTRY).run(
+                graph.load(model), Context(where), [Verify()]
+            )
+            shapes = tune.model_shapes(loaded)
+    cases, known = tune.cases(shapes, threads), records.load(log)
+    found = []
+    with progress.stage("tune", len(cases)) as advance:
+        search = tune.tune(
+            cases,
+            tune.SessionMeasurer.local(where),
+            known,
+            limits,
+            lambda record: records.append(log, [record]),
+        )
+        for outcome in search:
+            found.append(outcome)
+            progress.note(str(outcome))
+            advance()
+    return found
 
 
 def _uniform_quality(
@@ -425,11 +480,7 @@ def _solve(
     with progress.stage("solve"):
         latency = ANY_SPEED
         if budgets.rate is not None:
-            reads = {
-                unit: sum(use.kind != "embedding" for use in uses)
-                for unit, uses in graph.uses(model).items()
-            }
-            latency = _latency(where, model, reads)
+            latency = _latency(job, where, model)
             progress.note(f"the rate is predicted by {latency.source}")
         return solve(
             costs.bind(job.rules),
@@ -440,12 +491,28 @@ def _solve(
         )
 
 
-def _latency(where: target.Target, model: ir.Model, reads: Mapping[str, int]) -> Latency:
-    """Measured where the target is this machine, else as the target is described."""
-    if where.runs_here and not where.parent:
-        return Latency.measured(runtime.cores(), reads)
-    macs = sum(reads[unit.name] * unit.parameters for unit in graph.units(model))
-    return Latency.described(where, macs, reads)
+def _latency(job: Job, where: target.Target, model: ir.Model) -> Latency:
+    """What decode steps are predicted with: measured where the target is this machine's CPU."""
+    reads = {
+        unit: sum(use.kind != "embedding" for use in uses)
+        for unit, uses in graph.uses(model).items()
+    }
+    if not where.runs_here or where.parent or where.kernels != "cpu":
+        macs = sum(reads[unit.name] * unit.parameters for unit in graph.units(model))
+        return Latency.described(where, macs, reads)
+    threads = runtime.cores()
+    return predict(
+        tune.products(model),
+        reads,
+        _records(job),
+        threads=threads,
+        bandwidth=roofline.measure(threads).read_bandwidth,
+        fixed_seconds=tune.kernel_calls(model) * tune.call_seconds(where),
+    )
+
+
+def _records(job: Job) -> Records:
+    return records.load(job.log or records.user_folder())
 
 
 def _predictions(found: Solution, model: ir.Model) -> dict[str, float | str]:

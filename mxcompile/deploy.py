@@ -8,10 +8,12 @@ for that machine: the installed ones, or others from a folder.
 import gzip
 import hashlib
 import importlib.resources
+import importlib.util
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import zipfile
@@ -45,6 +47,9 @@ HEADERS: Final = "tvm_ffi/include"
 PRODUCTS: Final = ("mxrun", "libmxrun.so")
 FLAGS: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
 RELEASE: Final = ("-O2",)
+
+GLIBC: Final = "2.28"
+"""What a device must have at least, where Zig compiles; TVM's wheels ask for the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,20 +233,22 @@ def sources() -> Path:
 
 
 def compiler_for(machine: str, command: str | None) -> list[str]:
-    """The words of a C++ compiler's command for ``machine``.
+    """The words of a C++ compiler's command for ``machine``; Zig's where there is no usual one.
 
     Raises:
-        UsageError: it is not installed; says what to install.
+        UsageError: there is none here; says what to install.
     """
     native = machine == platform.machine()
     words = shlex.split(command or ("c++" if native else f"{machine}-linux-gnu-g++"))
-    if not words or shutil.which(words[0]) is None:
-        package = "g++" if native else f"g++-{machine.replace('_', '-')}-linux-gnu"
-        raise UsageError(
-            f"no C++ compiler for {machine}: {words[0] if words else 'nothing'} is not installed; "
-            f"install one (on Debian, {package}) or name one with --cxx"
-        )
-    return words
+    if words and shutil.which(words[0]) is not None:
+        return words
+    if command is None and importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-gnu.{GLIBC}"]
+    package = "g++" if native else f"g++-{machine.replace('_', '-')}-linux-gnu"
+    raise UsageError(
+        f"no C++ compiler for {machine}: {words[0] if words else 'nothing'} is not installed; "
+        f"pip install ziglang, install {package}, or name one with --cxx"
+    )
 
 
 def build_runner(
@@ -294,7 +301,9 @@ def _compile(compiler: Sequence[str], found: Runtime, files: Sequence[Path], wor
             for path, target in zip(code, objects, strict=True)
         ]
         list(pool.map(_run, commands))
-    link = [*map(str, found.libraries), "-Wl,-rpath,$ORIGIN", "-s", "-pthread"]
+    # Nothing names a symbol of the runtime, which registers itself: keep it all the same.
+    libraries = ["-Wl,--no-as-needed", *map(str, found.libraries)]
+    link = [*libraries, "-Wl,-rpath,$ORIGIN", "-s", "-pthread"]
     library = [target for target in objects if not target.endswith("/main.o")]
     _run([*compiler, *objects, *link, "-o", str(work / "mxrun")])
     _run([*compiler, "-shared", *library, *link, "-o", str(work / "libmxrun.so")])

@@ -1,46 +1,48 @@
-"""How long a decode step takes: until records of tuned kernels say more, what it must read.
+"""How long a decode step takes: weights that stream in, and what every step costs besides.
 
-One row of activations against a packed weight is bound by memory: every kernel here streams its
-weights once and computes in the shadow of that. So the time of a step is taken as the bytes that
-it reads over the read bandwidth, the roofline model (Williams et al., 2009); attention, norms and
-the rest of a step come on top, so that a rate found this way is an upper bound.
+One row of activations against a packed weight is bound by memory. Where tuning records have timed
+a product's kernel on this machine, its bytes take the time that they took there; for other products
+the same format's records say it, or else the roofline model (Williams et al., 2009), the bytes over
+the read bandwidth of this machine. Attention to a short context, norms, activations and the calls
+of all kernels add the same to every plan: a number of calls, each at what a small kernel costs.
 """
 
 import statistics
-import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
+from mxcompile.formats import FORMATS, Format
+from mxcompile.plan import ROW_TILE, Unit, tile_bytes
+from mxcompile.records import Case, Records
 from mxcompile.target import Target
 
-BUFFER: Final = 1 << 28
-"""Bytes that are read to measure bandwidth: far more than caches hold."""
-
-REPEATS: Final = 5
+NANO: Final = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """The roofline of a decode step.
+    """What a decode step is predicted with.
 
     Attributes:
-        seconds_per_byte: Of weights that are streamed in.
+        seconds_per_byte: Of weights that nothing else is known of.
         reads: By unit, how often a step reads all of it; 1 where nothing is said, 0 for a table
             of which a step looks up some rows.
-        source: Where the bandwidth comes from, for people.
+        source: Where the figures come from, for people.
+        timed: Seconds a byte by unit and format, where records say it.
+        fixed_seconds: Of a step, whatever the plan.
         products: Seconds that the products of a step take at the least; reading hides them.
-        rest: Seconds that a step takes besides.
     """
 
     seconds_per_byte: float
     reads: Mapping[str, int] = field(default_factory=dict)
     source: str = ""
+    timed: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    fixed_seconds: float = 0.0
     products: float = 0.0
-    rest: float = 0.0
 
     @classmethod
     def described(cls, where: Target, macs: int, reads: Mapping[str, int]) -> Self:
@@ -49,34 +51,79 @@ class Latency:
         return cls(
             1 / speed.bytes_per_second,
             reads,
-            f"a roofline at {1e-9 * speed.bytes_per_second:.4g} GB/s, as target {where.name} says",
-            macs / speed.macs_per_second,
-            speed.step_seconds,
+            f"a roofline at {NANO * speed.bytes_per_second:.4g} GB/s, as target {where.name} says",
+            fixed_seconds=speed.step_seconds,
+            products=macs / speed.macs_per_second,
         )
 
-    @classmethod
-    def measured(cls, threads: int, reads: Mapping[str, int]) -> Self:
-        """Measure this machine: the median of several reads of a large buffer."""
-        data = np.ones(BUFFER // 8, np.uint64)
-        parts = np.array_split(data, threads)
-        seconds = []
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in range(REPEATS):
-                start = time.perf_counter()
-                # A sum of 64-bit words is the fastest reduction of numpy: one addition for 8 bytes.
-                list(pool.map(np.sum, parts))
-                seconds.append(time.perf_counter() - start)
-        per_byte = statistics.median(seconds) / BUFFER
-        source = (
-            f"a roofline at {1e-9 / per_byte:.1f} GB/s, read on this machine by {threads} threads"
-        )
-        return cls(per_byte, reads, source)
+    def nanoseconds(
+        self, unit: Unit, formats: Sequence[Format], sizes: NDArray[Any]
+    ) -> NDArray[np.int64]:
+        """What a tile of a unit adds to a step in each format, from fewer to more bytes.
 
-    def limit(self, tokens_per_second: float) -> int:
-        """The most bytes that a step may read at a rate."""
-        left = 1 / tokens_per_second - self.rest
-        return int(left / self.seconds_per_byte) if left >= self.products else 0
+        A wider format that happened to be timed faster than a narrower one counts as fast as that:
+        choices are ordered.
+        """
+        rates = [self.timed.get((unit.name, f.name), self.seconds_per_byte) for f in formats]
+        spent = self.reads.get(unit.name, 1) * sizes * np.array(rates) / NANO
+        return np.maximum.accumulate(np.rint(spent).astype(np.int64))
 
-    def rate(self, size: int) -> float:
-        """Tokens a second when a step reads so many bytes."""
-        return 1 / (max(max(size, 1) * self.seconds_per_byte, self.products) + self.rest)
+    def limit(self, tokens_per_second: float, fixed_bytes: int = 0) -> int:
+        """The nanoseconds that tiles may take in all at a rate."""
+        left = 1 / tokens_per_second - self.fixed_seconds
+        spare = left - fixed_bytes * self.seconds_per_byte
+        return int(spare / NANO) if left >= self.products else 0
+
+    def rate(self, nanoseconds: int, fixed_bytes: int = 0) -> float:
+        """Tokens a second when tiles take so many nanoseconds in all."""
+        read = max(nanoseconds, 1) * NANO + fixed_bytes * self.seconds_per_byte
+        return 1 / (max(read, self.products) + self.fixed_seconds)
+
+
+def predict(
+    products: Sequence[Sequence[Unit]],
+    reads: Mapping[str, int],
+    records: Records,
+    *,
+    threads: int,
+    bandwidth: float,
+    fixed_seconds: float,
+) -> Latency:
+    """The latency of a model's decode steps on this machine.
+
+    Args:
+        products: The units of each matrix product: some are multiplied in one call.
+        reads: By unit, how often a step reads all of it.
+        records: What is known of this machine.
+        threads: How many a program runs on.
+        bandwidth: Bytes read a second by so many threads.
+        fixed_seconds: Of a step, whatever the plan.
+    """
+    by_format = {name: _by_format(records, name, threads) for name in FORMATS}
+    timed, exact = {}, 0
+    for units in products:
+        for name, usual in by_format.items():
+            rows = sum(unit.rows for unit in units)
+            case = Case(name, rows, units[0].columns, 1, threads)
+            best = records.best(case)
+            found = usual if best is None else best * 1e-6 / _bytes(case)
+            exact += best is not None
+            if found is not None:
+                timed.update({(unit.name, name): found for unit in units})
+    source = (
+        f"tuning records of {exact} of {len(products) * len(FORMATS)} products, a roofline at "
+        f"{bandwidth * NANO:.1f} GB/s, read on this machine by {threads} threads, and "
+        f"{fixed_seconds * 1e3:.2f} ms of other kernels"
+    )
+    return Latency(1 / bandwidth, reads, source, timed, fixed_seconds)
+
+
+def _by_format(records: Records, name: str, threads: int) -> float | None:
+    """Seconds a byte of the format's products that were timed; None when none was."""
+    cases = [c for c in records.cases() if (c.format, c.batch, c.threads) == (name, 1, threads)]
+    rates = [us * 1e-6 / _bytes(c) for c in cases if (us := records.best(c)) is not None]
+    return statistics.median(rates) if rates else None
+
+
+def _bytes(case: Case) -> int:
+    return -(-case.rows // ROW_TILE) * tile_bytes(case.columns, FORMATS[case.format])

@@ -18,7 +18,8 @@ from tvm import relax, s_tir
 from mxcompile import graph, linker, qdq
 from mxcompile.artifact import TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
-from mxcompile.formats import ActivationFormat
+from mxcompile.formats import FORMATS, ActivationFormat
+from mxcompile.knobs import Choice
 from mxcompile.passes.kv_cache import NO_WINDOW
 from mxcompile.passes.quantize_activations import activation_format
 from mxcompile.pipeline import Context
@@ -87,14 +88,25 @@ class _Builder:
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     weight_vars: dict[str, Expr] = field(default_factory=dict)
     packed: dict[tuple[str, ...], str] = field(default_factory=dict)
+    formats: set[str] = field(default_factory=set)
     views: dict[ir.Value, _View] = field(default_factory=dict)
     made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    choice: Choice = field(default_factory=Choice)
+
+    @property
+    def matmul(self) -> families.MatmulTemplates:
+        """The matrix product kernels, with code for the formats that weights have."""
+        return self.kernels.matmul.only(tuple(f for f in FORMATS if f in self.formats))
+
+    def tuned(self, rows: int, columns: int) -> families.MatmulTemplates:
+        """The same with what records say of a weight's shape."""
+        return self.matmul.tuned(self.choice.knobs(rows, columns))
 
     def kernel(self, template: Callable[..., Any], *knobs: Any) -> Any:
         """The function that a kernel template makes of its knobs; made once."""
         key = (template, knobs)
         if key not in self.made:
-            function = _rooted(template(*knobs))
+            function = rooted(template(*knobs))
             self.made[key] = self.scope.bb.add_func(function, template.__name__)
         return self.made[key]
 
@@ -135,7 +147,7 @@ class _Builder:
         return self.weight_vars[name] if name in self.weight_vars else self.scope.tensor(value)
 
 
-def _rooted(function: Any) -> Any:
+def rooted(function: Any) -> Any:
     """A kernel with a root block, which Relax looks for in every function that it calls."""
     if not isinstance(function.body, s_tir.SBlockRealize):
         root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", function.body))
@@ -143,16 +155,20 @@ def _rooted(function: Any) -> Any:
     return function.without_attr("global_symbol").with_attr("tirx.is_scheduled", True)
 
 
-def lower(model: ir.Model, ctx: Context) -> Lowered:
+def lower(model: ir.Model, ctx: Context, choice: Choice | None = None) -> Lowered:
     """Build the Relax module of a fused model.
+
+    Args:
+        model: The output of ``passes.FUSE``.
+        ctx: The target.
+        choice: The knobs of the matmul kernels, if any are known to be better than the defaults.
 
     Raises:
         UnsupportedError: a node has no lowering; the text names it.
     """
-    builder = _Builder(model, families.of(ctx.target), Scope(relax.BlockBuilder()))
+    scope = Scope(relax.BlockBuilder())
+    builder = _Builder(model, families.of(ctx.target), scope, choice=choice or Choice())
     _collect_weights(builder)
-    builder.kernels = families.of(ctx.target, _layouts(builder))
-    scope = builder.scope
     specs = [_spec(v) for v in model.graph.inputs]
     inputs = [relax.Var(s.name, _type(scope, s)) for s in specs]
     cached = [s.name.startswith(CACHES) for s in specs]
@@ -212,12 +228,6 @@ def _collect_weights(builder: _Builder) -> None:
                 builder.weights.setdefault(graph.name(value), graph.array(value))
 
 
-def _layouts(builder: _Builder) -> tuple[int, ...]:
-    """The layouts that tiles of packed weights have: kernels need no code for others."""
-    tables = (builder.weights[f"{label}.tiles"] for label in builder.packed.values())
-    return tuple(sorted({int(layout) for table in tables for layout in table[:, 0]}))
-
-
 def _pack(builder: _Builder, node: ir.Node) -> None:
     names, _ = _names_and_rows(builder.model, node)
     if names in builder.packed:
@@ -232,6 +242,7 @@ def _pack(builder: _Builder, node: ir.Node) -> None:
     label = "+".join(names)
     builder.weights[f"{label}.packed"] = packed.data
     builder.weights[f"{label}.tiles"] = packed.table
+    builder.formats.update(fmt.name for w in weights for fmt in set(w.formats.formats))
     builder.packed[names] = label
 
 
@@ -318,13 +329,11 @@ def _product(
     """The matrix product of a matrix, rounded to a format or as it is, with packed row tiles."""
     count, columns = shape_of(x)
     if activation is None:
-        return builder.call(
-            builder.kernel(builder.kernels.matmul.matmul_f32), [x, *weight], (count, rows)
-        )
+        return builder.call(builder.kernel(builder.matmul.matmul_f32), [x, *weight], (count, rows))
     size = cpu_matmul.activation_bytes(int(columns), activation)
-    quantize = builder.kernel(builder.kernels.matmul.quantize_activation, activation)
+    quantize = builder.kernel(builder.matmul.quantize_activation, activation)
     codes = builder.call(quantize, [x], (count, size), "int8")
-    multiply = builder.kernel(builder.kernels.matmul.matmul_quantized, activation)
+    multiply = builder.kernel(builder.tuned(rows, int(columns)).matmul_quantized, activation)
     return builder.call(multiply, [codes, *weight], (count, rows))
 
 
@@ -362,7 +371,7 @@ def _mixed_gather(builder: _Builder, node: ir.Node) -> Expr:
     output = node.outputs[0].shape
     assert output is not None
     columns = int(output[-1])  # type: ignore[arg-type]
-    kernel = builder.kernel(builder.kernels.matmul.gather_rows)
+    kernel = builder.kernel(builder.matmul.gather_rows)
     rows = builder.call(kernel, [flat, *_weight(builder, names)], (shape_of(flat)[0], columns))
     return builder.scope.emit(relax.op.reshape(rows, (*lead, columns)))
 
@@ -651,7 +660,7 @@ def check(target: Target) -> None:
 
     Raises:
         UsageError: there are no kernels for its instructions, or nothing here compiles or links
-            for it; the text says what to install.
+            for it.
     """
     linker.find(target.triple)
     with families.of(target).building():
@@ -668,14 +677,18 @@ def build(lowered: Lowered, target: Target, library: Path) -> None:
     def link(output: str, objects: Sequence[str], **_options: Any) -> None:
         linker.link(target.triple, output, objects)
 
+    compile_module(lowered.module, target).export_library(str(library), fcompile=link)
+
+
+def compile_module(module: Any, target: Target) -> Any:
+    """A Relax module's machine code, by the target's passes."""
     tvm_target = tvm.target.Target(dict(target.tvm))
     passes = [step for phase in phases(target).values() for step in phase]
     family = families.of(target)
     with tvm_target, family.building():
-        program = tvm.compile(
-            lowered.module,
+        return tvm.compile(
+            module,
             target=tvm_target,
             relax_pipeline=tvm.transform.Sequential(passes),
             tir_pipeline=family.pipeline,
         )
-    program.export_library(str(library), fcompile=link)

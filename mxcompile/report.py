@@ -15,7 +15,7 @@ from mxcompile.page import Mark
 from mxcompile.plan import ROW_TILE, PrecisionPlan, Unit, tile_bytes
 from mxcompile.price import Costs
 from mxcompile.solve import sweep
-from mxcompile.statistics import Statistics, shrunk
+from mxcompile.statistics import Statistics
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -174,7 +174,7 @@ class _Decision:
         parts = zip(
             self.statistics.uses[unit.name], self.statistics.factors[unit.name], strict=True
         )
-        rows = sum((f * shrunk(use.rows) * use.diagonal.sum() for use, f in parts), np.zeros(1))
+        rows = sum((f * use.weights * use.diagonal.sum() for use, f in parts), np.zeros(1))
         padded = np.pad(rows, (0, unit.tiles * ROW_TILE - unit.rows))
         by_tile: Array = padded.reshape(-1, ROW_TILE).sum(1) / ROW_TILE
         return by_tile / max(float(rows.mean()), np.finfo(np.float64).tiny)

@@ -58,7 +58,7 @@ class Solution:
         plan: The format of every tile.
         damage: The summed damage of the plan, as priced.
         bytes: The bytes of all packed tiles, and of what is not planned.
-        reads: The bytes that a decode step reads.
+        nanoseconds: What the tiles take of a decode step.
         gap: A bound on ``(damage - least possible damage) / damage``.
         price: The damage that one more byte would save, the Lagrange multiplier of the size.
         method: What found the plan.
@@ -67,7 +67,7 @@ class Solution:
     plan: PrecisionPlan
     damage: float
     bytes: int
-    reads: int
+    nanoseconds: int
     gap: float
     price: float
     method: Method
@@ -103,25 +103,25 @@ def solve(
         if (smallest := problem.size(least)) > size:
             said = budgets.size.express(smallest + fixed_bytes, parameters)
             raise BudgetError(f"{budgets.size} cannot be met: the smallest plan takes {said}")
-    reads = None
+    spend = None
     if budgets.rate is not None:
-        reads = latency.limit(budgets.rate.amount) - fixed_bytes
-        if (fewest := problem.reads(least)) > reads:
-            best = latency.rate(fewest + fixed_bytes)
+        spend = latency.limit(budgets.rate.amount, fixed_bytes)
+        if (fewest := problem.spent(least)) > spend:
+            best = latency.rate(fewest, fixed_bytes)
             raise BudgetError(
                 f"{budgets.rate} cannot be met: the smallest plan is predicted to make {best:.4g} "
                 f"tok/s, by {latency.source}"
             )
     if budgets.divergence is None:
-        found = _within(problem, size, reads, exact_tiles)
+        found = _within(problem, size, spend, exact_tiles)
     else:
-        found = _smallest(problem, size, reads, budgets.divergence, exact_tiles)
+        found = _smallest(problem, size, spend, budgets.divergence, exact_tiles)
     damage = problem.total(found.choice)
     return Solution(
         _plan(costs, found.choice),
         damage,
         problem.size(found.choice) + fixed_bytes,
-        problem.reads(found.choice) + fixed_bytes,
+        problem.spent(found.choice),
         _gap(damage, found.bound),
         found.price,
         found.method,
@@ -140,23 +140,23 @@ def within(costs: Costs, limit: int, *, exact_tiles: int = EXACT_TILES) -> Preci
     return _plan(costs, _knapsack(problem, limit, exact_tiles).choice)
 
 
-def _within(problem: "_Problem", size: int, reads: int | None, exact_tiles: int) -> "_Found":
-    """The least damage within a size and, where it is given, within what a step may read."""
+def _within(problem: "_Problem", size: int, spend: int | None, exact_tiles: int) -> "_Found":
+    """The least damage within a size and, where it is given, a step's nanoseconds."""
     found = _knapsack(problem, size, exact_tiles)
-    if reads is None or problem.reads(found.choice) <= reads:
+    if spend is None or problem.spent(found.choice) <= spend:
         return found
-    found = _knapsack(replace(problem, bytes=problem.read_bytes), reads, exact_tiles)
+    found = _knapsack(replace(problem, bytes=problem.nanoseconds), spend, exact_tiles)
     # What a step does not read in whole costs it nothing, and may have the best.
-    free = problem.read_bytes[problem.unit, -1] == 0
+    free = problem.nanoseconds[problem.unit, -1] == 0
     narrow = problem.total(found.choice)
     found.choice[free] = problem.damage[free].argmin(1)
     if problem.size(found.choice) <= size:
         bound = found.bound + problem.total(found.choice) - narrow
         return replace(found, bound=bound, price=0.0)
-    return _both(problem, size, reads)
+    return _both(problem, size, spend)
 
 
-def _both(problem: "_Problem", size: int, reads: int) -> "_Found":
+def _both(problem: "_Problem", size: int, spend: int) -> "_Found":
     """The least damage where both limits bind: a surrogate knapsack of their weighted sum.
 
     What keeps both limits keeps the sum, so every surrogate's bound holds; the best is kept.
@@ -164,8 +164,8 @@ def _both(problem: "_Problem", size: int, reads: int) -> "_Found":
     narrowest = np.zeros(problem.tiles, np.int8)
     surrogates = []
     for share in range(1, SURROGATES):
-        mixed = share * problem.bytes + (SURROGATES - share) * problem.read_bytes
-        limit = share * size + (SURROGATES - share) * reads
+        mixed = share * problem.bytes + (SURROGATES - share) * problem.nanoseconds
+        limit = share * size + (SURROGATES - share) * spend
         surrogates.append((share, limit, replace(problem, bytes=mixed)))
     bound, best = -math.inf, None
     for slack in range(SLACKS):
@@ -176,7 +176,7 @@ def _both(problem: "_Problem", size: int, reads: int) -> "_Found":
             found = _knapsack(surrogate, int(limit * room), 0)
             if slack == 0:
                 bound = max(bound, found.bound)
-            keeps = problem.size(found.choice) <= size and problem.reads(found.choice) <= reads
+            keeps = problem.size(found.choice) <= size and problem.spent(found.choice) <= spend
             if keeps and (best is None or problem.total(found.choice) < problem.total(best.choice)):
                 best = replace(found, price=found.price * share)
         if best is not None:
@@ -185,10 +185,10 @@ def _both(problem: "_Problem", size: int, reads: int) -> "_Found":
 
 
 def _smallest(
-    problem: "_Problem", size: int, reads: int | None, budget: Divergence, exact_tiles: int
+    problem: "_Problem", size: int, spend: int | None, budget: Divergence, exact_tiles: int
 ) -> "_Found":
     """The fewest bytes whose damage is within a budget, by bisection over the size."""
-    best = _within(problem, size, reads, exact_tiles)
+    best = _within(problem, size, spend, exact_tiles)
     if (least := problem.total(best.choice)) > budget.amount:
         raise BudgetError(
             f"{budget} cannot be met: the best plan within the other budgets is predicted to "
@@ -197,7 +197,7 @@ def _smallest(
     low, high = problem.size(np.zeros(problem.tiles, np.int8)), problem.size(best.choice)
     while high - low > max(high // SIZE_STEPS, 1):
         middle = (low + high) // 2
-        found = _within(problem, middle, reads, 0)
+        found = _within(problem, middle, spend, 0)
         if problem.total(found.choice) <= budget.amount:
             best, high = found, problem.size(found.choice)
         else:
@@ -259,24 +259,27 @@ class _Problem:
         damage: float64 [tiles, choices].
         unit: The unit of each tile, int32 [tiles].
         bytes: int64 [units, choices].
-        read_bytes: Of these, what a decode step reads; int64 [units, choices].
+        nanoseconds: What a tile adds to a decode step; int64 [units, choices].
     """
 
     damage: Array
     unit: Array
     bytes: Array
-    read_bytes: Array
+    nanoseconds: Array
 
     @classmethod
     def of(cls, costs: Costs, latency: Latency) -> "_Problem":
         counts = [unit.tiles for unit in costs.units]
         size = np.stack([costs.bytes(unit) for unit in costs.units])
-        reads = np.array([latency.reads.get(unit.name, 1) for unit in costs.units])
+        spent = [
+            latency.nanoseconds(unit, costs.choices(unit), row)
+            for unit, row in zip(costs.units, size, strict=True)
+        ]
         return cls(
             np.concatenate([costs.damage[unit.name] for unit in costs.units]),
             np.repeat(np.arange(len(counts), dtype=np.int32), counts),
             size,
-            size * reads[:, None],
+            np.stack(spent),
         )
 
     @property
@@ -294,9 +297,9 @@ class _Problem:
     def size(self, choice: Array) -> int:
         return int(self.bytes[self.unit, choice].sum())
 
-    def reads(self, choice: Array) -> int:
-        """The bytes of tiles that a decode step reads."""
-        return int(self.read_bytes[self.unit, choice].sum())
+    def spent(self, choice: Array) -> int:
+        """The nanoseconds that tiles take of a decode step."""
+        return int(self.nanoseconds[self.unit, choice].sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

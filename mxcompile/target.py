@@ -44,9 +44,9 @@ class Target:
 
     ``family`` groups targets that an alias such as ``x86`` chooses from, away from such machines
     the ``default``; ``requires`` are the CPU features that it uses, in the kernel's spelling, or
-    architectures of GPUs; ``kernels`` names the family of kernel templates, ``instructions``
-    selects their inner loops and ``vector_bits`` the width of other kernels' vectors; ``tvm`` is
-    what ``tvm.target.Target`` takes.
+    architectures of GPUs; ``instructions`` selects the kernel templates' inner loops and
+    ``vector_bits`` the width of other kernels' vectors; ``tvm`` is what ``tvm.target.Target``
+    takes; ``kernels`` names the family of kernel templates.
     """
 
     name: str
@@ -58,8 +58,8 @@ class Target:
     speed: Speed
     tvm: Mapping[str, Any]
     default: bool = False
-    kernels: str = "cpu"
     parent: str = ""
+    kernels: str = "cpu"
 
     @classmethod
     def parse(cls, name: str, text: str, parents: Mapping[str, str] = NO_PARENTS) -> Self:
@@ -87,8 +87,8 @@ class Target:
                 Speed.parse(data["speed"]),
                 MappingProxyType(data["tvm"]),
                 own.get("default", False),
-                data["kernels"].get("family", "cpu"),
                 parent,
+                data["kernels"].get("family", "cpu"),
             )
         except KeyError as error:
             raise UsageError(f"target {name}: it does not say {error}") from error

@@ -12,13 +12,16 @@ from pathlib import Path
 
 from mxcompile import artifact as artifacts
 from mxcompile import progress
-from mxcompile.activations import AUTO, Choice
+from mxcompile.activations import AUTO, ActivationChoice
 from mxcompile.artifact import Artifact
 from mxcompile.compiler import Job, compile_model
 from mxcompile.formats import FORMATS
 from mxcompile.plan import PrecisionPlan
 
 MIXED, UNIFORM = "mxcompile", "uniform"
+
+ALIKE = 0.005
+"""Sizes that differ by less are alike: formats of as many bits, but for their codebooks."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Workshop:
     model: Path
     folder: Path
     cache: Path | None = None
-    activations: Choice = AUTO
+    activations: ActivationChoice = AUTO
 
     def contenders(self, bits: Sequence[float]) -> Iterator[Contender]:
         """A mixed plan for each of ``bits``, then the uniform plans next to each size."""
@@ -78,12 +81,13 @@ class Workshop:
 
 
 def neighbours(sizes: dict[str, int], targets: Iterable[int]) -> list[str]:
-    """The names of the sizes that are next to a target, on both sides; of equals all."""
+    """The names of the sizes that are next to a target, on both sides; of all but equals, all."""
     found = set()
     for target in targets:
         below = max((s for s in sizes.values() if s <= target), default=None)
         above = min((s for s in sizes.values() if s > target), default=None)
-        found |= {name for name, size in sizes.items() if size in (below, above)}
+        near = [s for s in (below, above) if s is not None]
+        found |= {n for n, s in sizes.items() if any(abs(s - o) <= o * ALIKE for o in near)}
     return [name for name in sizes if name in found]
 
 

@@ -88,7 +88,7 @@ def compiled(where: Target, fmt: Format) -> str:
     """The assembly of the kernel for int8 activations, with code for one weight format only."""
     kernel = cpu_matmul.MatmulKernel(
         where.instructions,  # type: ignore[arg-type]
-        layouts=(fmt.layout,),
+        formats=(fmt.name,),
     )
     function = kernel.matmul_quantized(ACTIVATION_FORMATS["int8"])
     module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})

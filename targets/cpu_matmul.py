@@ -22,9 +22,11 @@ and a dot product of bytes multiplies them by 4 activations that are broadcast. 
 ``dot(code, x) - zero * sum(x)`` is exact in int32 and, being below 2**24, in float32.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, Protocol
 
 from tvm import tirx
@@ -62,12 +64,6 @@ _ROW_BLOCK: Final = {
     "generic": 4,
 }
 
-_JOBS: Final = 48
-"""Shares that one row's work is cut in: a multiple of most numbers of threads."""
-
-_CHUNK: Final = 128
-"""Activation rows that all tiles are multiplied with in turn: few enough to stay in a cache."""
-
 _TINY: Final = 2.0**-120
 """Groups whose magnitudes are all below are taken for 0: their scale has no finite inverse."""
 
@@ -81,19 +77,59 @@ def activation_bytes(columns: int, fmt: ActivationFormat) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Knobs:
+    """What a format's inner loops can be tuned by; results do not depend on it.
+
+    Attributes:
+        row_block: Activation rows that share the unpacked codes; 0 takes what registers hold.
+        chains: Accumulators that one activation row's products are spread over, so that they need
+            not wait for each other; one for blocks of rows, where rows do not.
+        prefetch: How many bytes ahead one row's product asks for the weights that it streams in,
+            which the hardware alone follows at half its speed; 0 leaves it to the hardware.
+    """
+
+    row_block: int = 0
+    chains: int = 2
+    prefetch: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
 class MatmulKernel:
     """The knobs of the kernels of one target; methods make the functions.
 
-    ``instructions`` multiply bytes; "generic" is portable arithmetic, for any target of LLVM.
-    ``row_block`` activation rows share the unpacked codes; 0 takes as many as the registers hold.
-    Work on fewer than ``serial_groups`` groups is not worth waking threads for. ``layouts`` are
-    those that tiles may have, so that no code is made for others; none stands for all.
+    Every tile's format has a branch of its own in a function, so formats are tuned apart and share
+    one function for all shapes. A shape with other knobs takes another function, made of another
+    ``MatmulKernel``: hundreds of kilobytes of code, worth it only where it was measured to be.
+
+    Attributes:
+        instructions: Multiply bytes; "generic" is portable arithmetic, for any target of LLVM.
+        formats: The formats that tiles can have; other tiles are skipped.
+        knobs: Pairs of a format and what is not the default for it.
+        serial_groups: Work on fewer groups than that is not worth waking threads for.
+        jobs: Shares that one row's work is cut in: a multiple of most numbers of threads.
+        chunk: Activation rows that all tiles are multiplied with in turn: few enough to stay in a
+            cache.
     """
 
     instructions: Instructions = "generic"
-    row_block: int = 0
+    formats: tuple[str, ...] = tuple(FORMATS)
+    knobs: tuple[tuple[str, Knobs], ...] = ()
     serial_groups: int = 1024
-    layouts: tuple[int, ...] = ()
+    jobs: int = 48
+    chunk: int = 128
+
+    def knobs_of(self, fmt: Format) -> Knobs:
+        """A format's knobs, with the target's row block where none is set."""
+        found = dict(self.knobs).get(fmt.name, Knobs())
+        return replace(found, row_block=found.row_block or _ROW_BLOCK[self.instructions])
+
+    def only(self, formats: tuple[str, ...]) -> "MatmulKernel":
+        """The same kernels for fewer formats."""
+        return replace(self, formats=formats)
+
+    def tuned(self, knobs: tuple[tuple[str, Knobs], ...]) -> "MatmulKernel":
+        """The same kernels with other knobs."""
+        return replace(self, knobs=knobs)
 
     def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
         """Rounds every group of 32 activations half to even to its absmax / top."""
@@ -124,15 +160,13 @@ class MatmulKernel:
 
         def emit() -> None:
             m, n, q = map(symbol, "mnq")
-            codes, weight = param("Q", (m, q), "int8"), _Weight.declare()
+            codes, weight = param("Q", (m, q), "int8"), self._declare()
             y = param("Y", (m, n))
 
             def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
                 self._quantized_block(tile, codes, fmt.digits, y, t, row, rows)
 
-            rows = (self.row_block or _ROW_BLOCK[self.instructions]) // fmt.digits
-            sizes = [rows >> i for i in range(rows.bit_length())]
-            self._all_tiles(weight, m, q // (RECORD * fmt.digits), sizes, block)
+            self._all_tiles(weight, m, q // (RECORD * fmt.digits), block, fmt.digits)
 
         return build(emit)
 
@@ -141,14 +175,13 @@ class MatmulKernel:
 
         def emit() -> None:
             m, n, k = map(symbol, "mnk")
-            x, weight = param("X", (m, k)), _Weight.declare()
+            x, weight = param("X", (m, k)), self._declare()
             y = param("Y", (m, n))
 
             def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
                 _f32_block(tile, x, y, t, row, rows)
 
-            sizes = (self.row_block or _ROW_BLOCK[self.instructions], 1)
-            self._all_tiles(weight, m, (k + GROUP - 1) // GROUP, sizes, block)
+            self._all_tiles(weight, m, (k + GROUP - 1) // GROUP, block)
 
         return build(emit)
 
@@ -157,7 +190,7 @@ class MatmulKernel:
 
         def emit() -> None:
             m, k = map(symbol, "mk")
-            ids, weight = param("ids", (m,), "int64"), _Weight.declare()
+            ids, weight = param("ids", (m,), "int64"), self._declare()
             y = param("Y", (m, k))
 
             def gather(i: Expr) -> None:
@@ -165,7 +198,7 @@ class MatmulKernel:
                     T.max(T.min(load(ids, i, lanes=1), weight.tiles * ROW_TILE - 1), T.int64(0))
                 )
                 for tile in weight.formats(
-                    self, row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE
+                    row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE
                 ):
                     _gather_row(tile, y, i)
 
@@ -173,17 +206,21 @@ class MatmulKernel:
 
         return build(emit)
 
+    def _declare(self) -> "_Weight":
+        return _Weight.declare(self.instructions, [FORMATS[name] for name in self.formats])
+
     def _all_tiles(
-        self, weight: "_Weight", m: Expr, count: Expr, sizes: Sequence[int], block: "_Block"
+        self, weight: "_Weight", m: Expr, count: Expr, block: "_Block", digits: int = 1
     ) -> None:
         """Run ``block`` for every tile and block of activation rows, on all threads.
 
-        Blocks have as many rows as the first of ``sizes``, the remainder's as the others.
-        One row costs what its weights take to stream in: threads get equal bytes, not equal tiles.
+        Rows of several digits count as so many. The remainder's blocks have half of the rows, half
+        of those and so on. One row costs what its weights take to stream in: threads get equal
+        bytes, not equal tiles.
         """
 
         def gemv(t: Expr) -> None:
-            for tile in weight.formats(self, t, count):
+            for tile in weight.formats(t, count):
                 block(tile, t, T.int64(0), 1)
 
         with T.If(m == 1):
@@ -192,17 +229,20 @@ class MatmulKernel:
                     gemv(t)
                 with (
                     T.Else(),
-                    T.parallel(0, _JOBS) as job,
-                    T.serial(weight.first_tile(job), weight.first_tile(job + 1)) as t,
+                    T.parallel(0, self.jobs) as job,
+                    T.serial(
+                        weight.first_tile(job, self.jobs), weight.first_tile(job + 1, self.jobs)
+                    ) as t,
                 ):
                     gemv(t)
-            with T.Else(), T.serial(0, (m + _CHUNK - 1) // _CHUNK) as chunk:
-                first = hold(chunk * _CHUNK)
-                length = hold(T.min(m - first, T.int64(_CHUNK)))
+            with T.Else(), T.serial(0, (m + self.chunk - 1) // self.chunk) as chunk:
+                first = hold(chunk * self.chunk)
+                length = hold(T.min(m - first, T.int64(self.chunk)))
                 with T.parallel(0, weight.tiles) as t:
-                    for tile in weight.formats(self, t, count):
+                    for tile in weight.formats(t, count):
                         done: Expr = T.int64(0)
-                        for rows in sizes:
+                        largest = self.knobs_of(tile.fmt).row_block // digits
+                        for rows in (largest >> i for i in range(largest.bit_length())):
                             with T.serial(0, (length - done) // rows) as i:
                                 block(tile, t, first + done + i * rows, rows)
                             done = length // rows * rows
@@ -211,7 +251,8 @@ class MatmulKernel:
         self, tile: "_Tile", codes: Any, digits: int, y: Any, t: Expr, row: Expr, rows: int
     ) -> None:
         sums = [_Register("float32x16", 0) for _ in range(rows)]
-        with tile.groups() as group:
+        knobs = self.knobs_of(tile.fmt) if rows == 1 else Knobs(chains=1, prefetch=0)
+        with tile.groups(knobs.prefetch) as group:
 
             def at_record(r: int) -> tuple[Expr, Expr]:
                 """Where the record of the ``r``-th pair of a row and a digit starts."""
@@ -224,16 +265,8 @@ class MatmulKernel:
                 dtype = "int32" if count == 1 else f"int32x{count}"
                 return T.reinterpret(dtype, load(codes, i, start + at, lanes=4 * count))
 
-            zeros, scales = hold(group.zeros()), hold(group.scales())
-
-            def offset(r: int) -> Expr:
-                """What zero-points add to the ``r``-th dot product."""
-                i, start = at_record(r)
-                # The sum fits its low half, and LLVM multiplies 16 bits faster than 32.
-                low = load(codes, i, start + GROUP + 4, lanes=2)
-                return zeros * T.cast(T.int16(0) - T.reinterpret("int16", low), "int32")
-
-            dots = _DOTS[self.instructions](group, rows * digits, word, offset)
+            scales = hold(group.scales())
+            dots = _DOTS[self.instructions](group, rows * digits, word, knobs.chains)
             for r, dot in enumerate(dots):
                 scale = T.reinterpret("float32", word(r, GROUP))
                 total = sums[r // digits]
@@ -343,30 +376,46 @@ class _Word(Protocol):
     def __call__(self, r: int, at: int | Expr, count: int = 1) -> Expr: ...
 
 
-_Offset = Callable[[int], Expr]
-"""What the zero-points of a group add to the dot product with an activation row."""
+def _offsets(group: "_Group", rows: int, word: _Word) -> list[Expr]:
+    """What the zero-points of a group add to the dot product with each activation row."""
+    zeros = hold(group.zeros())
+    # A row's sum fits its low half, and LLVM multiplies 16 bits faster than 32.
+    lows = [T.cast(word(r, GROUP + 4), "int16") for r in range(rows)]
+    return [zeros * T.cast(T.int16(0) - low, "int32") for low in lows]
 
 
-def _dots_vnni(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
-    dots = [_Register("int32x16") for _ in range(rows)]
-    for r, dot in enumerate(dots):
-        dot.set(offset(r))
+def _dots_vnni(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
+    def dot(name: str, total: Expr, left: Expr, right: Expr) -> Expr:
+        return T.call_llvm_pure_intrin(
+            "int32x16", f"llvm.x86.avx512.{name}.512", total, left, right
+        )
+
+    def spread_word(r: int, at: int, dtype: str) -> Expr:
+        return T.reinterpret(dtype, T.broadcast(word(r, at), ROW_TILE))
+
+    dots = [[_Register("int32x16", 0) for _ in range(chains)] for _ in range(rows)]
+    # A row's sum fits the low half of its word; the high half, its sign, meets a 0.
+    negative = hold((T.int32(0) - group.zeros()) & T.int32(0xFFFF))
+    negative = T.reinterpret("int16x32", negative)
+    for r, (first, *_) in enumerate(dots):
+        first.set(dot("vpdpwssd", first.get(), negative, spread_word(r, GROUP + 4, "int16x32")))
     for quad in range(QUADS):
         codes = T.reinterpret("uint8x64", hold(group.quad(quad)))
-        for r, dot in enumerate(dots):
-            x = T.reinterpret("int8x64", T.broadcast(word(r, 4 * quad), ROW_TILE))
-            name = "llvm.x86.avx512.vpdpbusd.512"
-            dot.set(T.call_llvm_pure_intrin("int32x16", name, dot.get(), codes, x))
-    return [dot.get() for dot in dots]
+        for r, chain in enumerate(dots):
+            total = chain[(quad + 1) % chains]
+            total.set(dot("vpdpbusd", total.get(), codes, spread_word(r, 4 * quad, "int8x64")))
+    return [functools.reduce(operator.add, (part.get() for part in chain)) for chain in dots]
 
 
-def _dots_avx2(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+def _dots_avx2(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
     """Sums pairs of products in int16, and those of several quads before they are widened.
 
     A pair is at most ``2 * 127 * top`` for codes up to ``top``. At 4 bits and less the 8 quads of a
     group fit, as ``8 * 2 * 127 * 15 = 30480``; at 5 bits 4 quads and at 6 bits 2. At 8 bits not
     even one pair does: high and low nibbles are summed apart, and widening weighs them.
     """
+    del chains  # a format's int16 sums are chains already
+    offsets = _offsets(group, rows, word)
     fmt = group.tile.fmt
     nibbles = [(0, 1), (4, 16)] if fmt.value_bits == 8 else [(0, 1)]
     top = 15 if fmt.value_bits == 8 else fmt.top << group.tile.shift
@@ -389,7 +438,7 @@ def _dots_avx2(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list
                         pairs = T.call_llvm_pure_intrin("int16x32", name, total.get(), pairs)
                     total.set(pairs)
         for r, by_nibble in enumerate(sums):
-            value = dots[r].get() if first else offset(r)
+            value = dots[r].get() if first else offsets[r]
             for total, (_, weight) in zip(by_nibble, nibbles, strict=True):
                 weights = T.broadcast(T.int16(weight), 2 * ROW_TILE)
                 value = value + _by_halves("pmadd.wd", "int32", total.get(), weights)
@@ -414,10 +463,12 @@ def _by_halves(name: str, dtype: str, *operands: Expr, shrink: int = 2) -> Expr:
     return T.Shuffle(results, list(range(2 * lanes)))
 
 
-def _dots_avxvnni(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+def _dots_avxvnni(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
+    del chains  # a group is too short for several
+    offsets = _offsets(group, rows, word)
     dots = [_Register("int32x16") for _ in range(rows)]
     for r, dot in enumerate(dots):
-        dot.set(offset(r))
+        dot.set(offsets[r])
     for quad in range(QUADS):
         codes = T.reinterpret("uint8x64", hold(group.quad(quad)))
         for r, dot in enumerate(dots):
@@ -427,11 +478,13 @@ def _dots_avxvnni(group: "_Group", rows: int, word: _Word, offset: _Offset) -> l
     return [dot.get() for dot in dots]
 
 
-def _dots_dotprod(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+def _dots_dotprod(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
     """Signed products, each with one of the 4 quads of activations that a register holds."""
+    del chains  # a group is too short for several
+    offsets = _signed_offsets(group, rows, word)
     dots = [_Register("int32x16") for _ in range(rows)]
     for r, dot in enumerate(dots):
-        dot.set(_signed_offset(group, word, offset, r))
+        dot.set(offsets[r])
     for half in range(0, QUADS, 4):
         x = [hold(word(r, 4 * half, 4)) for r in range(rows)]
         for i in range(4):
@@ -441,18 +494,23 @@ def _dots_dotprod(group: "_Group", rows: int, word: _Word, offset: _Offset) -> l
     return [dot.get() for dot in dots]
 
 
-def _dots_i8mm(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
-    """Two activation rows at once: products of 2 x 8 codes with 8 x 2 activations."""
+def _dots_i8mm(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
+    """Two activation rows at once: products of 2 x 8 codes with 8 x 2 activations.
+
+    An odd row is its own partner.
+    """
+    del chains  # a group is too short for several
+    offsets = _offsets(group, rows, word)
     dots = [_Register("int32x16") for _ in range(rows)]
     if rows == 1:
-        dots[0].set(offset(0))
+        dots[0].set(offsets[0])
         for half in range(0, QUADS, 4):
             x = hold(word(0, 4 * half, 4))
             for i in range(4):
                 codes = T.reinterpret("int8x64", hold(group.quad(half + i, _unpack_bytes)))
                 dots[0].set(_by_quarters("usdot", dots[0].get(), codes, x, i))
         return [dots[0].get()]
-    pairs = [_Register("int32x32", 0) for _ in range(rows // 2)]
+    pairs = [_Register("int32x32", 0) for _ in range((rows + 1) // 2)]
     for half in range(0, QUADS, 4):
         x = [hold(word(r, 4 * half, 4)) for r in range(rows)]
         for i in (0, 2):
@@ -467,23 +525,24 @@ def _dots_i8mm(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list
                 for first in (0, 2)
             ]
             for p, pair in enumerate(pairs):
-                both = T.Shuffle(x[2 * p : 2 * p + 2], [i, i + 1, i + 4, i + 5])
+                both = T.Shuffle([x[2 * p], x[min(2 * p + 1, rows - 1)]], [i, i + 1, i + 4, i + 5])
                 both = T.reinterpret("int8x16", hold(both))
                 sums = zip(_parts(pair.get(), 8), codes, strict=True)
                 pair.set(_join([_call("aarch64.neon.usmmla", "int32x4", *s, both) for s in sums]))
-    for p, pair in enumerate(pairs):
-        for r in (0, 1):
-            dot = T.Shuffle([pair.get()], list(range(r, 2 * ROW_TILE, 2)))
-            dots[2 * p + r].set(dot + offset(2 * p + r))
+    for r, dot in enumerate(dots):
+        own = T.Shuffle([pairs[r // 2].get()], list(range(r % 2, 2 * ROW_TILE, 2)))
+        dot.set(own + offsets[r])
     return [dot.get() for dot in dots]
 
 
-def _dots_neon(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+def _dots_neon(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
     """Sums products of several quads in int16, then pairs of those in int32.
 
     Activations run from -128, as low digits do. Codes up to 31 let all 8 quads of a group fit, as
     ``8 * 128 * 31 = 31744``; at 6 bits 4 quads do, and at 8 bits, where codes run from -128, one.
     """
+    del chains  # a group is too short for several
+    offsets = _signed_offsets(group, rows, word)
     fmt = group.tile.fmt
     top = 128 if fmt.value_bits == 8 else fmt.top << group.tile.shift
     step = min(QUADS, 32767 // (128 * top))
@@ -502,9 +561,7 @@ def _dots_neon(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list
             pair.set(pair.get() + _join(added))
     even, odd = (list(range(i, 2 * ROW_TILE, 2)) for i in (0, 1))
     return [
-        T.Shuffle([pair.get()], even)
-        + T.Shuffle([pair.get()], odd)
-        + _signed_offset(group, word, offset, r)
+        T.Shuffle([pair.get()], even) + T.Shuffle([pair.get()], odd) + offsets[r]
         for r, pair in enumerate(pairs)
     ]
 
@@ -522,11 +579,13 @@ def _signed_quad(group: "_Group", quad: int) -> Expr:
     return group.quad(quad, _unpack_bytes, flip)
 
 
-def _signed_offset(group: "_Group", word: _Word, offset: _Offset, r: int) -> Expr:
-    """The offset of row ``r`` for the codes of ``_signed_quad``: 128 times the sum comes back."""
+def _signed_offsets(group: "_Group", rows: int, word: _Word) -> list[Expr]:
+    """The rows' offsets for the codes of ``_signed_quad``: 128 times the sum comes back."""
+    offsets = _offsets(group, rows, word)
     if group.tile.fmt.value_bits < 8:
-        return offset(r)
-    return offset(r) + T.broadcast(word(r, GROUP + 4) << 7, ROW_TILE)
+        return offsets
+    sums = (T.broadcast(word(r, GROUP + 4) << 7, ROW_TILE) for r in range(rows))
+    return [offset + added for offset, added in zip(offsets, sums, strict=True)]
 
 
 def _parts(vector: Expr, count: int) -> list[Expr]:
@@ -544,10 +603,12 @@ def _call(name: str, dtype: str, *operands: Expr) -> Expr:
     return T.call_llvm_pure_intrin(dtype, f"llvm.{name}", *operands)
 
 
-def _dots_generic(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+def _dots_generic(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
+    del chains  # LLVM is free to make its own
+    offsets = _offsets(group, rows, word)
     dots = [_Register("int32x16") for _ in range(rows)]
     for r, dot in enumerate(dots):
-        dot.set(offset(r))
+        dot.set(offsets[r])
     with T.serial(0, QUADS) as quad:
         codes = hold(group.quad(quad))
         for i in range(4):
@@ -557,7 +618,7 @@ def _dots_generic(group: "_Group", rows: int, word: _Word, offset: _Offset) -> l
     return [dot.get() for dot in dots]
 
 
-_DOTS: Final[dict[str, Callable[["_Group", int, _Word, _Offset], list[Expr]]]] = {
+_DOTS: Final[dict[str, Callable[["_Group", int, _Word, int], list[Expr]]]] = {
     "avx512vnni": _dots_vnni,
     "avxvnni": _dots_avxvnni,
     "avx2": _dots_avx2,
@@ -566,7 +627,7 @@ _DOTS: Final[dict[str, Callable[["_Group", int, _Word, _Offset], list[Expr]]]] =
     "neon": _dots_neon,
     "generic": _dots_generic,
 }
-"""Dot products of a group's codes with those of some activation rows, plus the rows' offsets."""
+"""Dot products of a group's codes less zero-points with some activation rows, a few chains each."""
 
 
 class _Register:
@@ -592,28 +653,31 @@ class _Weight:
 
     data: Any
     table: Any
+    instructions: Instructions
+    known: Sequence[Format]
 
     @classmethod
-    def declare(cls) -> "_Weight":
+    def declare(cls, instructions: Instructions, known: Sequence[Format]) -> "_Weight":
         """Declares them as the next parameters."""
         size, tiles = symbol("size"), symbol("tiles")
-        return cls(param("W", (size,), "uint8"), param("table", (tiles, 3), "int32"))
+        data, table = param("W", (size,), "uint8"), param("table", (tiles, 3), "int32")
+        return cls(data, table, instructions, known)
 
     @property
     def tiles(self) -> Expr:
         """The number of tiles."""
         return self.table.shape[0]
 
-    def first_tile(self, job: Expr) -> Expr:
+    def first_tile(self, job: Expr, jobs: int) -> Expr:
         """The first tile of a job's share of the bytes; the search starts from equal tiles."""
         t = scratch(1, dtype="int64")
-        store(t, job * self.tiles // _JOBS, 0)
+        store(t, job * self.tiles // jobs, 0)
 
         def before(tile: Expr) -> Expr:
             """Whether a tile belongs to an earlier job."""
             tile = T.max(T.min(tile, self.tiles - 1), T.int64(0))
             start = T.cast(load(self.table, tile, 1, lanes=1), "int64")
-            return start * (_JOBS * VECTOR) < job * self.data.shape[0]
+            return start * (jobs * VECTOR) < job * self.data.shape[0]
 
         now = load(t, 0, lanes=1)
         with T.While(T.And(now > 0, T.Not(before(now - 1)))):
@@ -622,20 +686,15 @@ class _Weight:
             store(t, now + 1, 0)
         return hold(now)
 
-    def formats(
-        self, kernel: MatmulKernel, t: Expr, count: Expr, row: Expr | None = None
-    ) -> Iterator["_Tile"]:
+    def formats(self, t: Expr, count: Expr, row: Expr | None = None) -> Iterator["_Tile"]:
         """Tile ``t`` of ``count`` groups once for every layout, each time inside its branch."""
         layout = hold(load(self.table, t, 0, lanes=1))
         base, entries = (
             hold(T.cast(load(self.table, t, i, lanes=1), "int64") * VECTOR) for i in (1, 2)
         )
-        for fmt in {fmt.layout: fmt for fmt in FORMATS.values()}.values():
-            if kernel.layouts and fmt.layout not in kernel.layouts:
-                continue
+        for fmt in {fmt.layout: fmt for fmt in self.known}.values():
             with _when(layout == fmt.layout):
-                codebook = _Codebook(kernel.instructions, entries)
-                yield _Tile(self.data, base, count, fmt, row, codebook)
+                yield _Tile(self.data, base, count, fmt, row, _Codebook(self.instructions, entries))
 
 
 @dataclass(frozen=True, slots=True)
@@ -650,8 +709,11 @@ class _Tile:
     codebook: "_Codebook"
 
     @contextmanager
-    def groups(self) -> Iterator["_Group"]:
-        """Loop over the groups: first a block of the remainder, then blocks of 8."""
+    def groups(self, ahead: int = 0) -> Iterator["_Group"]:
+        """Loop over the groups: first a block of the remainder, then blocks of 8.
+
+        Asks for what lies ``ahead`` bytes farther on, if not 0, as each group is reached.
+        """
         size, header = self.fmt.bits * VECTOR, BLOCK * SIDE
         rest = hold(self.count % BLOCK)
         first = hold((rest * SIDE + 2 * ROW_TILE + VECTOR - 1) // VECTOR * VECTOR)
@@ -662,9 +724,19 @@ class _Tile:
             start = hold(self.base + done * size + skip)
             length = hold(T.Select(at_rest, rest, T.int64(BLOCK)))
             codes = hold(start + T.Select(at_rest, first, T.int64(header)))
+            if ahead:
+                self._prefetch(start + ahead, header // VECTOR)
             with T.serial(0, length) as i:
+                if ahead:
+                    self._prefetch(codes + i * size + ahead, self.fmt.bits)
                 zeros = start + length * ROW_TILE + i * (ROW_TILE // 2)
                 yield _Group(self, done + i, start + i * ROW_TILE, zeros, codes + i * size)
+
+    def _prefetch(self, start: Expr, vectors: int) -> None:
+        for vector in range(vectors):
+            address = T.address_of(self.data[start + vector * VECTOR])
+            read, keep, data = T.int32(0), T.int32(3), T.int32(1)
+            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, keep, data))
 
     def row_scales(self) -> Expr:
         """The row scales as float32, in units that undo those of the codes.

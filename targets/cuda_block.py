@@ -182,6 +182,19 @@ def launch(
         body(Block(tuple(index), threads, serial, thread))
 
 
+def byte_perm(low: Expr, high: Expr, selector: Expr, serial: bool) -> Expr:
+    """Four bytes of the eight of two uint32; each nibble of a selector, 0 to 7, picks one."""
+    if not serial:
+        return T.call_pure_extern("uint32", "__byte_perm", low, high, selector)
+    result = T.uint32(0)
+    for byte in range(4):
+        index = hold(selector >> T.uint32(4 * byte) & T.uint32(7))
+        word = T.Select(index < T.uint32(4), low, high)
+        picked = word >> ((index & T.uint32(3)) * T.uint32(8)) & T.uint32(255)
+        result = result | picked << T.uint32(8 * byte)
+    return result
+
+
 def hold(value: Expr) -> Expr:
     """Compute a value now, into a register, to be used any number of times in this phase."""
     dtype = value.ty.dtype

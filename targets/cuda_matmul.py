@@ -34,6 +34,7 @@ from mxcompile.targets.cuda_block import (
     Block,
     Private,
     build,
+    byte_perm,
     hold,
     launch,
     load,
@@ -87,6 +88,14 @@ class CudaMatmul:
     rows: int = 4
     serial: bool = False
 
+    def only(self, formats: object) -> "CudaMatmul":
+        """The same kernels: what a GPU's code takes is little, and all formats are in it."""
+        return self
+
+    def tuned(self, knobs: object) -> "CudaMatmul":
+        """The same kernels: records are of CPUs' knobs."""
+        return self
+
     def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
         """Rounds every group of 32 activations half to even to its absmax / top."""
 
@@ -114,7 +123,7 @@ class CudaMatmul:
 
         def emit() -> None:
             m, n, q = map(symbol, "mnq")
-            records, open_weight = param("Q", (m, q), "int8"), _Weight.declare()
+            records, open_weight = param("Q", (m, q), "int8"), _Weight.declare(self.serial)
             y = param("Y", (m, n))
             codes, weight = _lines(records, fmt.digits), open_weight()
             lines, count = codes.shape[:2]
@@ -138,7 +147,7 @@ class CudaMatmul:
 
         def emit() -> None:
             m, n, k = map(symbol, "mnk")
-            x, open_weight = param("X", (m, k)), _Weight.declare()
+            x, open_weight = param("X", (m, k)), _Weight.declare(self.serial)
             y = param("Y", (m, n))
             weight = open_weight()
             count = (k + GROUP - 1) // GROUP
@@ -159,7 +168,7 @@ class CudaMatmul:
 
         def emit() -> None:
             m, k = map(symbol, "mk")
-            ids, open_weight = param("ids", (m,), "int64"), _Weight.declare()
+            ids, open_weight = param("ids", (m,), "int64"), _Weight.declare(self.serial)
             y = param("Y", (m, k))
             weight = open_weight()
             count = (k + GROUP - 1) // GROUP
@@ -532,13 +541,14 @@ class _Weight:
 
     words: Any
     table: Any
+    serial: bool
 
     @classmethod
-    def declare(cls) -> Callable[[], "_Weight"]:
+    def declare(cls, serial: bool) -> Callable[[], "_Weight"]:
         """Declares them as the next parameters; to be called once all parameters are declared."""
         size, tiles = symbol("size"), symbol("tiles")
         data, table = param("W", (size,), "uint8"), param("table", (tiles, 3), "int32")
-        return lambda: cls(T.decl_buffer((size // 4,), "uint32", data=data.data), table)
+        return lambda: cls(T.decl_buffer((size // 4,), "uint32", data=data.data), table, serial)
 
     @property
     def tiles(self) -> Expr:
@@ -548,10 +558,16 @@ class _Weight:
     def formats(self, t: Expr, count: Expr) -> Iterator["_Tile"]:
         """Tile ``t`` of ``count`` groups once for every layout, each time inside its branch."""
         layout = hold(self.table[t, 0])
-        base, entries = (hold(T.cast(self.table[t, i], "int64")) for i in (1, 2))
+        base = hold(T.cast(self.table[t, 1], "int64"))
         for fmt in {fmt.layout: fmt for fmt in FORMATS.values()}.values():
             with when(layout == fmt.layout):
-                yield _Tile(self, t, base, entries, count, fmt)
+                entries = self._entries(t) if fmt.codebook else ()
+                yield _Tile(self, t, base, count, fmt, entries)
+
+    def _entries(self, t: Expr) -> tuple[Expr, ...]:
+        """The 16 entries that a tile's codes look up, as signed bytes."""
+        at = hold(T.cast(self.table[t, 2], "int64") * (VECTOR // 4))
+        return tuple(hold(self.words[at + i] ^ _u32(0x80808080)) for i in range(4))
 
     def row_scale(self, t: Expr, count: Expr, row: Expr) -> Expr:
         """A row's scale as float32, in units that undo those of its codes.
@@ -577,9 +593,9 @@ class _Tile:
     weight: _Weight
     index: Expr
     base: Expr
-    entries: Expr
     count: Expr
     fmt: Format
+    entries: tuple[Expr, ...]
 
     @contextmanager
     def blocks(self, first: Expr, step: int) -> Iterator["_Run"]:
@@ -627,9 +643,7 @@ class _Run:
     def group(self, i: Expr) -> "_Group":
         """A group by its place in the block."""
         return _Group(
-            self.tile.weight.words,
-            self.tile.fmt,
-            self.tile.entries,
+            self.tile,
             hold(self.first + i),
             hold(self.start * ROW_TILE + i * (ROW_TILE // 4)),
             hold(self.start * ROW_TILE + self.length * (ROW_TILE // 4) + i * (ROW_TILE // 8)),
@@ -642,12 +656,10 @@ class _Group:
     """A group of a tile; its scales and zero-points start at these words, its codes at this vector.
 
     A code here is a signed byte: a weight is ``scale * (code + offset)`` in units that make
-    zero-points whole. Codes of 8 bits, and what is looked up, are moved down by 128.
+    zero-points whole. Codes of 8 bits, and entries that codes look up, are moved down by 128.
     """
 
-    words: Any
-    fmt: Format
-    entries: Expr
+    tile: _Tile
     index: Expr
     scales: Expr
     zeros: Expr
@@ -665,20 +677,32 @@ class _Group:
             codes = part if codes is None else codes | part
             low += width
         if self.fmt.codebook:
-            codes = self._looked_up(hold(codes))
-        if self.fmt.value_bits == 8:
+            codes = self._look_up(hold(codes))
+        elif self.fmt.bits == 8:
             codes = codes ^ _u32(0x80808080)
-        return T.reinterpret("int32", codes)
+        return T.reinterpret("int32", hold(codes))
 
-    def _looked_up(self, codes: Expr) -> Expr:
-        """The entries that 4 codes look up: bytes of a vector that all threads read."""
-        found = None
-        for i in range(4):
-            code = hold(codes >> _u32(8 * i) & _u32(255))
-            word = self.words[self.entries * ROW_TILE + T.cast(code >> _u32(2), "int64")]
-            entry = (word >> ((code & _u32(3)) << _u32(3)) & _u32(255)) << _u32(8 * i)
-            found = entry if found is None else found | entry
-        return found
+    def _look_up(self, codes: Expr) -> Expr:
+        """The entries of 4 codes: a byte permutation picks among 8, so two of them and a choice."""
+        entries, serial = self.tile.entries, self.tile.weight.serial
+        pairs = hold(codes | codes >> _u32(4))
+        selector = hold(pairs & _u32(0x77) | pairs >> _u32(8) & _u32(0x7700))
+        low = byte_perm(entries[0], entries[1], selector, serial)
+        if self.fmt.bits == 3:
+            return low
+        high = byte_perm(entries[2], entries[3], selector, serial)
+        second = hold((codes >> _u32(3) & _u32(0x01010101)) * _u32(255))
+        return low & ~second | high & second
+
+    @property
+    def fmt(self) -> Format:
+        """The format of the tile."""
+        return self.tile.fmt
+
+    @property
+    def words(self) -> Any:
+        """The packed data."""
+        return self.tile.weight.words
 
     def word(self, row: Expr, quad: Expr) -> Expr:
         """The codes of 4 columns of a row of the tile."""

@@ -24,7 +24,7 @@ from mxcompile.targets import (
     cuda_schedule,
 )
 from mxcompile.targets.cpu_attention import Attention, Mask
-from mxcompile.targets.cpu_matmul import Instructions, MatmulKernel
+from mxcompile.targets.cpu_matmul import Instructions, Knobs, MatmulKernel
 from mxcompile.targets.cpu_norm import Columns, Runs, Simd
 from mxcompile.targets.cuda_attention import CudaAttention
 from mxcompile.targets.cuda_matmul import CudaMatmul
@@ -33,6 +33,12 @@ from mxcompile.targets.cuda_norm import CudaNorm
 
 class MatmulTemplates(Protocol):
     """Matrix products with packed weights; see ``cpu_matmul``."""
+
+    def only(self, formats: tuple[str, ...]) -> "MatmulTemplates":
+        """Take the formats that tiles have, so that no code is made for others."""
+
+    def tuned(self, knobs: tuple[tuple[str, Knobs], ...]) -> "MatmulTemplates":
+        """Take what tuning records say, where there is something to tune."""
 
     def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
         """Make ``(X, Q)``."""
@@ -92,13 +98,16 @@ class Kernels:
     building: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-def of(target: Target, layouts: tuple[int, ...] = ()) -> Kernels:
-    """The kernels for a target, and for weights of these layouts; for all where none are given.
+def of(target: Target) -> Kernels:
+    """The kernels for a target.
 
     Raises:
-        UsageError: there are none for its instructions.
+        UsageError: there is no such family, or it has none for the target's instructions.
     """
-    return FAMILIES[target.kernels](target, layouts)
+    if target.kernels not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UsageError(f"target {target.name}: no kernels {target.kernels}; {known}")
+    return FAMILIES[target.kernels](target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +141,21 @@ class _CpuAttention:
         return cpu_attention.rotary(heads, dim, rotated, source, self.simd)
 
 
-def _cpu(target: Target, layouts: tuple[int, ...]) -> Kernels:
-    known = get_args(Instructions)
-    if target.instructions not in known:
+def _cpu(target: Target) -> Kernels:
+    if target.instructions not in (known := get_args(Instructions)):
         raise UsageError(
             f"target {target.name}: no instructions {target.instructions}; {', '.join(known)}"
         )
     simd = Simd(lanes=target.vector_bits // 32)
     return Kernels(
-        MatmulKernel(target.instructions, layouts=layouts),  # type: ignore[arg-type]
+        MatmulKernel(target.instructions),  # type: ignore[arg-type]
         _CpuNorm(simd),
         _CpuAttention(simd),
         lambda mod: cpu_schedule.schedule(mod, simd),
     )
 
 
-def _cuda(target: Target, _layouts: tuple[int, ...]) -> Kernels:
+def _cuda(target: Target) -> Kernels:
     tvm_target = tvm.target.Target(dict(target.tvm))
     return Kernels(
         CudaMatmul(),
@@ -159,17 +167,17 @@ def _cuda(target: Target, _layouts: tuple[int, ...]) -> Kernels:
     )
 
 
-def _cuda_on_cpu(target: Target, layouts: tuple[int, ...]) -> Kernels:
+def _cuda_on_cpu(target: Target) -> Kernels:
     """The kernels of ``_cuda`` in a reading that shows on any CPU what they compute, not fast."""
     return Kernels(
         CudaMatmul(splits=2, tiles=2, batches=1, rows=1, serial=True),
         CudaNorm(serial=True),
         CudaAttention(splits=2, serial=True),
-        _cpu(target, layouts).schedule,
+        _cpu(target).schedule,
     )
 
 
-FAMILIES: Final[Mapping[str, Callable[[Target, tuple[int, ...]], Kernels]]] = {
+FAMILIES: Final[Mapping[str, Callable[[Target], Kernels]]] = {
     "cpu": _cpu,
     "cuda": _cuda,
     "cuda-on-cpu": _cuda_on_cpu,

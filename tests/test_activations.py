@@ -31,7 +31,7 @@ def model() -> ir.Model:
     return ir.from_proto(proto)
 
 
-def names(model: ir.Model, rounding: dict[str, float], choice: activations.Choice) -> str:
+def names(model: ir.Model, rounding: dict[str, float], choice: activations.ActivationChoice) -> str:
     chosen = choose_activations(model, Statistics(1, {}, {}, rounding), choice)
     return " ".join(f"{value}={fmt}" for value, fmt in chosen.items())
 

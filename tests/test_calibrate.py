@@ -379,6 +379,29 @@ def test_convolutions_and_relative_errors() -> None:
     assert damage == pytest.approx(measured, rel=1e-3)
 
 
+def test_without_logits_gradients_tell_rows_and_probes_tell_layers() -> None:
+    first, second = random(16, 4, 3, 3, seed=0), random(16, 16, 3, 3, seed=1)
+    model = build(CONVOLUTIONS, first=first, second=second)
+    feeds = [{"x": torch.from_numpy(random(1, 4, 9, 9, seed=i))} for i in range(2, 5)]
+    alone = calibrate.collect(model, graph.uses(model), feeds)
+    found = calibrate.collect(model, graph.uses(model), feeds, feeds[:1])
+    flat = first.reshape(16, -1)
+    (use,), (same,) = found.uses["first"], alone.uses["first"]
+    np.testing.assert_array_equal(use.rows, same.rows)
+    assert np.ptp(use.rows) > 0 and found.factors != alone.factors
+    rough = dequantize(quantize(flat, PERTURBATION, use.diagonal), PERTURBATION)
+
+    def run(weight: np.ndarray) -> torch.Tensor:
+        kernel = torch.from_numpy(weight).reshape(first.shape)
+        inner = torch.relu(functional.conv2d(feeds[0]["x"], kernel, padding=1))
+        return functional.conv2d(inner, torch.from_numpy(second), stride=3)
+
+    exact = run(flat)
+    measured = float((run(rough) - exact).square().sum() / exact.square().sum())
+    damage = float(found.damage("first", torch.from_numpy(rough - flat)).sum())
+    assert damage == pytest.approx(measured, rel=1e-3)
+
+
 def test_gradients_price_relative_errors() -> None:
     """Of a model without logits: damages predict the squared error over the output's power."""
     first, second = random(16, 4, 3, 3, seed=0), random(16, 16, 3, 3, seed=1)

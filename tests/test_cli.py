@@ -12,10 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx.parser
 import pytest
 
 from mxcompile import artifact, cli, errors
 from mxcompile.artifact import Artifact
+from mxcompile.records import Case, Record, hardware_id
 from tests import toy
 
 PROGRAM = [sys.executable, "-m", "mxcompile.cli"]
@@ -325,3 +327,53 @@ def test_an_interrupt_ends_a_running_model(compiled: Path, number: int) -> None:
         process.stdout.read()
         assert process.stderr.read().decode().endswith("mxcompile: interrupted\n")
     assert process.returncode == 130
+
+
+RECORD = Record("cpu", "kernel", Case("int4", 640, 2048, 1, 2), (), 10.0)
+
+
+def test_tune_imports_and_exports(run: Run, tmp_path: Path) -> None:
+    moved, out, log = tmp_path / "moved.jsonl", tmp_path / "out.jsonl", tmp_path / "log"
+    moved.write_text(RECORD.to_line())
+    words = ("tune", "--import", moved, "--export", out, "--log", log, "--json")
+    for new in (1, 0):
+        code, text, _ = run(*words)
+        found = json.loads(text)
+        assert (code, found["imported"], found["exported"]) == (0, new, 1)
+    assert out.read_text() == RECORD.to_line()
+
+
+def test_tune_says_what_it_takes(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("tune")
+    assert code == 2 and "--import" in one_line(err)
+    code, _, err = run("tune", tmp_path / "no.onnx", "--log", tmp_path)
+    assert code == 2 and "no.onnx" in one_line(err)
+    code, _, err = run("tune", "model.onnx", "--time", "soon")
+    assert code == 2 and "such as 30s" in one_line(err)
+
+
+def test_tune_keeps_what_it_measures(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time, all is known and nothing is measured."""
+    text = """<ir_version: 10, opset_import: ["": 23]>
+        g (float[N,256] x) => (float[N,64] y) { y = MatMul(x, w) }"""
+    model = onnx.parser.parse_model(text)
+    weight = onnx.numpy_helper.from_array(np.ones((256, 64), np.float32), "w")
+    model.graph.initializer.append(weight)
+    onnx.save(model, tmp_path / "product.onnx")
+
+    class Machine:
+        hardware = hardware_id()
+
+        def microseconds(self, case: Case, knobs: object) -> float:
+            return 1.0 * case.rows
+
+    monkeypatch.setattr("mxcompile.tune.check_host", lambda where: None)
+    monkeypatch.setattr("mxcompile.tune.SessionMeasurer.local", lambda where: Machine())
+    options = ("--target", "x86-avx2", "--trials", 1, "-t", 1, "--log", tmp_path, "--json")
+    words = ("tune", tmp_path / "product.onnx", *options)
+    first, again = (json.loads(run(*words)[1])["cases"] for _ in range(2))
+    assert [row["trials"] for row in first] == [1] * len(first) != []
+    assert [row["trials"] for row in again] == [0] * len(first)
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == len(first)

@@ -27,7 +27,7 @@ def compiled(reading: Reading) -> Library:
     module = reading.build(made)
 
     def call(name: str, *arrays: Any) -> Any:
-        tensors = [reading.tensor(np.ascontiguousarray(x)) for x in arrays]
+        tensors = [reading.tensor(x) for x in arrays]
         module[name](*tensors)
         return tensors[-1].numpy()
 

@@ -1,6 +1,8 @@
 """Deploying: what is unpacked runs by itself, here and on an emulated ARM machine."""
 
+import importlib.util
 import platform
+import re
 import shutil
 import subprocess
 import tarfile
@@ -167,6 +169,23 @@ def test_what_is_not_here_is_named(graph: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError):
         deploy.deploy(folder, archive)
     assert not archive.exists()
+
+
+def test_zig_compiles_where_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for machine in deploy.MACHINES.values():
+        native = machine == platform.machine()
+        package = "g++" if native else f"g++-{machine.replace('_', '-')}-linux-gnu"
+        with pytest.raises(
+            UsageError, match=rf"pip install ziglang, install {re.escape(package)},"
+        ):
+            deploy.compiler_for(machine, None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "ziglang")
+    words = deploy.compiler_for("aarch64", None)
+    assert words[1:] == ["-m", "ziglang", "c++", "-target", "aarch64-linux-gnu.2.28"]
+    with pytest.raises(UsageError, match="own is not installed"):
+        deploy.compiler_for("aarch64", "own")
 
 
 def test_the_verb(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -163,29 +163,11 @@ def test_int8_activations_follow_their_emitted_onnx(
     assert np.concatenate(agreement).mean() >= 0.97
 
 
-def test_a_simulated_plan_is_the_emitted_one(
-    tinylm: Path, compile_tiny: Callable[[str], tuple[Artifact, Path]], tmp_path: Path
-) -> None:
-    built, emitted = compile_tiny("fp32")
-    job = Job(tinylm, "x86", ("4.2bit",), tmp_path / "out.mxc", cache=tinylm.parent)
-    evidence = price_model(job, Progress()).evidence(Progress())
-    tokens = list(range(50, 150))
-    source = SimulatedSource(evidence.watched, evidence.replaced(built.plan()))
-    found = np.concatenate(list(source.logits(tokens)))
-    expected = onnx_logits(emitted, tokens)
-    # Sums in another order, through six layers; a code of difference would be thousands of these.
-    np.testing.assert_allclose(found, expected, atol=256 * 2**-23 * np.abs(expected).max())
-
-
-CUDA_ON_CPU = target.Target(
-    "cuda-on-cpu",
-    "the CUDA kernels, read serially",
-    "x86",
-    frozenset(),
-    "generic",
-    256,
-    target.Speed(1e10, 1e11, 1e-4),
-    MappingProxyType({"kind": "llvm", "mtriple": "x86_64-linux-gnu"}),
+CUDA_ON_CPU = replace(
+    target.find("x86-avx2"),
+    name="cuda-on-cpu",
+    requires=frozenset(),
+    instructions="generic",
     kernels="cuda-on-cpu",
 )
 CUDA_READINGS = [
@@ -246,6 +228,20 @@ def test_cuda_artifacts_hold_machine_code(
     assert not built.manifest.quality
     with pytest.raises(ArtifactError, match="this machine lacks sm_80"):
         Program.load(built.folder)
+
+
+def test_a_simulated_plan_is_the_emitted_one(
+    tinylm: Path, compile_tiny: Callable[[str], tuple[Artifact, Path]], tmp_path: Path
+) -> None:
+    built, emitted = compile_tiny("fp32")
+    job = Job(tinylm, "x86", ("4.2bit",), tmp_path / "out.mxc", cache=tinylm.parent)
+    evidence = price_model(job, Progress()).evidence(Progress())
+    tokens = list(range(50, 150))
+    source = SimulatedSource(evidence.watched, evidence.replaced(built.plan()))
+    found = np.concatenate(list(source.logits(tokens)))
+    expected = onnx_logits(emitted, tokens)
+    # Sums in another order, through six layers; a code of difference would be thousands of these.
+    np.testing.assert_allclose(found, expected, atol=256 * 2**-23 * np.abs(expected).max())
 
 
 def test_one_token_at_a_time_equals_all_at_once(

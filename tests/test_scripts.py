@@ -38,9 +38,9 @@ def test_the_best_that_fits_need_not_be_the_largest() -> None:
 
 
 def test_neighbours_are_next_on_both_sides() -> None:
-    sizes = {"a": 1, "b": 2, "c": 2, "d": 3, "e": 4}
-    assert neighbours(sizes, [2]) == ["b", "c", "d"]
-    assert neighbours(sizes, [0, 9]) == ["a", "e"]
+    sizes = {"a": 1000, "b": 2000, "c": 2001, "d": 3000, "e": 4000}
+    assert neighbours(sizes, [2500]) == ["b", "c", "d"]
+    assert neighbours(sizes, [0, 9000]) == ["a", "e"]
 
 
 def test_ratios_are_at_the_bytes_of_the_mixed_plan_and_within_a_text() -> None:

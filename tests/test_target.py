@@ -14,9 +14,9 @@ from mxcompile.targets.cpu_matmul import Instructions
 
 @pytest.mark.parametrize("where", target.shipped(), ids=lambda t: t.name)
 def test_shipped_targets_are_what_tvm_takes(where: target.Target) -> None:
-    kind = "cuda" if where.kernels == "cuda" else "llvm"
-    assert tvm.target.Target(dict(where.tvm)).kind.name == kind
-    assert where.instructions in (*get_args(Instructions), "mma")
+    on_gpu = where.kernels == "cuda"
+    assert tvm.target.Target(dict(where.tvm)).kind.name == ("cuda" if on_gpu else "llvm")
+    assert where.instructions in (("mma",) if on_gpu else get_args(Instructions))
     assert where.vector_bits in (128, 256, 512)
     assert where.description
     assert min(where.speed.bytes_per_second, where.speed.macs_per_second) > 1e9
@@ -52,7 +52,7 @@ def test_cuda_means_the_best_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_unknown_target_lists_the_known() -> None:
     with pytest.raises(
-        UsageError, match=r"no target vax; targets: .*cuda-sm80, .*, x86, x86-avx2, x86-avx512vnni"
+        UsageError, match=r"no target vax; targets: .*x86, x86-avx2, x86-avx512vnni"
     ):
         target.find("vax")
 

@@ -6,7 +6,7 @@
 
 namespace mx {
 
-// The digest of `data` in hexadecimal.
-std::string sha256(std::string_view data);
+// The digest of `data` in hexadecimal; `portable` leaves a CPU's instructions for it aside.
+std::string sha256(std::string_view data, bool portable = false);
 
 }  // namespace mx

@@ -1,0 +1,352 @@
+"""Search the knobs of the matmul kernels on the machine they will run on, and what was found.
+
+One case at a time: a format, a weight's shape, a number of activation rows. The search goes from
+the defaults along one knob after another, keeps what is faster, and stops when no knob helps: the
+knobs are few and hardly interact. A trial is a program of calls that stream copies of a weight from
+memory, as decoding does, built by TVM and timed by TVM's evaluator through an RPC session: the
+local one here, but nothing in this module would differ for one that is connected to a device.
+"""
+
+import logging
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import onnx_ir as ir
+import tvm
+from tvm import relax, rpc
+
+from mxcompile import graph, lower, runtime
+from mxcompile.artifact import Artifact
+from mxcompile.errors import UsageError
+from mxcompile.formats import ACTIVATION_FORMATS, FORMATS
+from mxcompile.knobs import GAIN, Setting, space_of
+from mxcompile.plan import ROW_TILE, Unit, tile_bytes
+from mxcompile.records import Case, Record, Records, hardware_id
+from mxcompile.target import Target, host_features
+from mxcompile.targets import cpu_norm
+from mxcompile.targets.cpu_matmul import Knobs, MatmulKernel, activation_bytes
+
+Shape = tuple[str, int, int]
+"""A product: format, rows and columns of the weight."""
+
+BATCHES: Final = (1, 128)
+"""The activation rows that are tuned for: a decode step, and what ``chunk`` takes of a prompt."""
+
+STREAM_BYTES: Final = 96 << 20
+"""Weights that a trial reads, if need be by copies: three times a large cache."""
+
+REPEATS: Final = 15
+
+INT8: Final = ACTIVATION_FORMATS["int8"]
+"""What activations are rounded to when kernels are timed."""
+
+
+_KERNELS: Final = {
+    "RMSNormalization": 1,
+    "LayerNormalization": 1,
+    "RotaryEmbedding": 1,
+    "Attention": 2,
+    "Softmax": 1,
+    "Gelu": 1,
+    "Sigmoid": 1,
+    "Add": 1,
+    "Gather": 1,
+}
+"""The kernels that operators call; appending to a cache is one besides attention itself."""
+
+_NORM: Final = 640
+_CALLS: Final = 100
+"""The floats of a norm, and how many norms, that measure what a call costs."""
+
+
+class Measurer(Protocol):
+    """Where kernels run: this machine, or a device."""
+
+    @property
+    def hardware(self) -> str:
+        """What its records hold for."""
+
+    def microseconds(self, case: Case, knobs: Knobs) -> float:
+        """The time of one call, its weight streamed from memory."""
+
+
+@dataclass
+class SessionMeasurer:
+    """Measures through a session of TVM's RPC.
+
+    Attributes:
+        hardware: What the machine at the other end is called in records.
+        target: What kernels are built for.
+        session: ``tvm.rpc.LocalSession()``, or a session that ``tvm.rpc.connect`` gave.
+        set_threads: Has kernels run on so many threads there.
+    """
+
+    hardware: str
+    target: Target
+    session: Any
+    set_threads: Callable[[int], None]
+    _arguments: tuple[Case, list[Any]] | None = field(default=None, init=False)
+    _trials: int = field(default=0, init=False)
+
+    @classmethod
+    def local(cls, target: Target) -> "SessionMeasurer":
+        """Measures on this machine, in this process."""
+        logging.getLogger("RPCServer").setLevel(logging.WARNING)  # it tells of every library
+        return cls(hardware_id(), target, rpc.LocalSession(), runtime.set_threads)
+
+    def microseconds(self, case: Case, knobs: Knobs) -> float:
+        """The least of some calls: whatever else a machine does only adds to it."""
+        device, copies = self.session.cpu(), max(1, -(-STREAM_BYTES // weight_bytes(case)))
+        self._trials += 1  # a library that is loaded must not be written over
+        with tempfile.TemporaryDirectory(prefix="mxcompile-") as folder:
+            library = Path(folder) / f"trial{self._trials}.so"
+            built = lower.compile_module(program(case, knobs, self.target, copies), self.target)
+            built.export_library(str(library))
+            self.session.upload(str(library))
+        machine = relax.VirtualMachine(self.session.load_module(library.name), device)
+        self.session.remove(library.name)
+        if self._arguments is None or self._arguments[0] != case:
+            self._arguments = (case, [tvm.runtime.tensor(a, device) for a in inputs(case, copies)])
+        self.set_threads(case.threads)
+        evaluator = machine.time_evaluator("main", device, number=1, repeat=REPEATS)
+        return float(1e6 * min(evaluator(*self._arguments[1]).results) / copies)
+
+
+def weight_bytes(case: Case) -> int:
+    """The bytes of a packed weight."""
+    return _tiles(case) * tile_bytes(case.columns, FORMATS[case.format])
+
+
+def _tiles(case: Case) -> int:
+    return -(-case.rows // ROW_TILE)
+
+
+def program(case: Case, knobs: Knobs, target: Target, copies: int) -> Any:
+    """A Relax module ``main(codes, table, *weights)`` that multiplies with every copy in turn."""
+    kernel = MatmulKernel(
+        target.instructions,  # type: ignore[arg-type]
+        formats=(case.format,),
+        knobs=((case.format, knobs),),
+    )
+    bb = relax.BlockBuilder()
+    tensors = [relax.TensorType(a.shape, str(a.dtype)) for a in inputs(case, copies)]
+    codes, table, *weights = (relax.Var(f"x{i}", t) for i, t in enumerate(tensors))
+    product = bb.add_func(lower.rooted(kernel.matmul_quantized(INT8)), "matmul_int8")
+    out = relax.TensorType((case.batch, case.rows), "float32")
+    with bb.function("main", [codes, table, *weights]):
+        with bb.dataflow():
+            calls = [relax.call_tir(product, [codes, weight, table], out) for weight in weights]
+            found = bb.emit_output(relax.Tuple([bb.emit(call) for call in calls]))
+        bb.emit_func_output(found)
+    return bb.finalize()
+
+
+def inputs(case: Case, copies: int) -> Iterator[np.ndarray]:
+    """What ``program`` takes; what numbers they hold changes no time."""
+    fmt, size = FORMATS[case.format], weight_bytes(case)
+    yield np.ones((case.batch, activation_bytes(case.columns, INT8)), np.int8)
+    starts = np.arange(_tiles(case)) * (size // _tiles(case) // 64)
+    layouts = np.full(_tiles(case), fmt.layout)
+    yield np.stack([layouts, starts, np.zeros_like(starts)], axis=1).astype(np.int32)
+    for _ in range(copies):
+        yield np.ones(size, np.uint8)
+
+
+def artifact_shapes(artifact: Artifact) -> Counter[Shape]:
+    """The products of an artifact's program, with how often each is in it."""
+    plan = artifact.plan()
+    units = {unit.name: unit for unit in plan.units}
+    found: Counter[Shape] = Counter()
+    for name in artifact.manifest.weights:
+        label, _, kind = name.rpartition(".")
+        parts = [units[part] for part in label.split("+") if part in units]
+        if kind == "packed" and parts:
+            rows = sum(unit.rows for unit in parts)
+            formats = {fmt.name for unit in parts for fmt in plan.tiles[unit.name].formats}
+            found.update((fmt, rows, parts[0].columns) for fmt in formats)
+    return found
+
+
+def model_shapes(model: ir.Model) -> Counter[Shape]:
+    """The products that a canonical model may be compiled to: every format may come up."""
+    found: Counter[Shape] = Counter()
+    for group in products(model):
+        shape = (sum(unit.rows for unit in group), group[0].columns)
+        found.update((fmt, *shape) for fmt in FORMATS)
+    return found
+
+
+def products(model: ir.Model) -> list[list[Unit]]:
+    """The weights of each matrix product of a canonical model.
+
+    What one value is multiplied with is one product, as ``fuse-qdq`` has it.
+    """
+    units = {unit.name: unit for unit in graph.units(model)}
+    merged: dict[object, list[Unit]] = {}
+    for name, uses in graph.uses(model).items():
+        linear = [use for use in uses if use.kind == "linear"]
+        if linear:
+            alone = len(uses) > 1 or units[name].rows % ROW_TILE
+            key = name if alone else linear[0].node.inputs[0]
+            merged.setdefault(key, []).append(units[name])
+    return list(merged.values())
+
+
+def kernel_calls(model: ir.Model) -> int:
+    """About how many kernels a step of a canonical model calls besides matrix products.
+
+    Each product quantizes its activations first. What only looks at a tensor otherwise, or works
+    on sizes, calls none; element-wise chains are fused with the first of their operators.
+    """
+    count = len(products(model))
+    for node in model.graph:
+        kinds = {v.dtype for v in node.outputs}
+        if kinds == {ir.DataType.FLOAT} and node.op_type in _KERNELS:
+            count += _KERNELS[node.op_type]
+    return count
+
+
+def call_seconds(target: Target) -> float:
+    """What a small kernel of a step costs on this machine: a norm of a row, as programs call it.
+
+    Raises:
+        UsageError: this machine cannot run the target's kernels.
+    """
+    check_host(target)
+    kernel = cpu_norm.rms_norm(
+        cpu_norm.Runs(_NORM), 1e-6, cpu_norm.Simd(lanes=target.vector_bits // 32)
+    )
+    bb = relax.BlockBuilder()
+    seq = tvm.tirx.Var("seq", "int64")  # as programs have it: sizes are checked in every call
+    row = relax.TensorType((1, seq, _NORM), "float32")
+    x, weight = relax.Var("x", row), relax.Var("weight", relax.TensorType((_NORM,), "float32"))
+    norm = bb.add_func(lower.rooted(kernel), "norm")
+    with bb.function("main", [x, weight]):
+        with bb.dataflow():
+            value: Any = x
+            for _ in range(_CALLS):
+                value = bb.emit(relax.call_tir(norm, [value, weight], row))
+            value = bb.emit_output(value)
+        bb.emit_func_output(value)
+    machine = relax.VirtualMachine(lower.compile_module(bb.finalize(), target), tvm.cpu())
+    ones = [np.ones((1, 1, _NORM), np.float32), np.ones(_NORM, np.float32)]
+    evaluator = machine.time_evaluator("main", tvm.cpu(), number=5, repeat=REPEATS)
+    return float(min(evaluator(*map(tvm.runtime.tensor, ones)).results) / _CALLS)
+
+
+def check_host(target: Target) -> None:
+    """Raise UsageError when this machine cannot run the target's kernels."""
+    if lacking := target.requires - host_features():
+        raise UsageError(f"this CPU lacks {', '.join(sorted(lacking))}, which {target.name} needs")
+
+
+def cases(shapes: Counter[Shape], threads: int) -> list[Case]:
+    """What to tune, first what takes most of a decode step, then what takes most of a prompt."""
+
+    def weight(item: tuple[Shape, int]) -> int:
+        (fmt, rows, columns), count = item
+        return count * rows * columns * FORMATS[fmt].bits
+
+    ordered = [shape for shape, _ in sorted(shapes.items(), key=weight, reverse=True)]
+    return [Case(*shape, batch, threads) for batch in BATCHES for shape in ordered]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When a search ends: settings of a case, known or not, and seconds of all; None for no end."""
+
+    trials: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a case came to: microseconds before and after, the knobs, and trials that were run."""
+
+    case: Case
+    default_us: float
+    best_us: float
+    knobs: Knobs
+    trials: int
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{k} {v}" for k, v in asdict(self.knobs).items() if v)
+        return f"{self.case}: {self.default_us:.1f} us, best {self.best_us:.1f} us with {shown}"
+
+
+def tune(
+    cases: Sequence[Case],
+    measurer: Measurer,
+    records: Records,
+    limits: Limits,
+    keep: Callable[[Record], None],
+) -> Iterator[Outcome]:
+    """Search every case; what is recorded already is not measured again.
+
+    Args:
+        cases: The most important first, as time may be short.
+        measurer: Where kernels run.
+        records: What is known; what is found is added.
+        limits: When to stop. A case that is stopped before its first trial has no outcome.
+        keep: Called with every record as it is measured, so that an interruption loses none.
+    """
+    end = time.monotonic() + limits.seconds if limits.seconds is not None else None
+    for case in cases:
+        seen: set[Setting] = set()
+        measured: list[Record] = []
+
+        def measure(
+            setting: Setting,
+            case: Case = case,
+            seen: set[Setting] = seen,
+            measured: list[Record] = measured,
+        ) -> float | None:
+            if setting not in seen and len(seen) == limits.trials:
+                return None
+            seen.add(setting)
+            if (known := records.times(case).get(setting)) is not None:
+                return known
+            if end is not None and time.monotonic() > end:
+                return None
+            us = measurer.microseconds(case, replace(Knobs(), **dict(setting)))
+            record = Record(measurer.hardware, records.kernel, case, setting, us)
+            records.add(record)
+            keep(record)
+            measured.append(record)
+            return us
+
+        default = measure(())
+        if default is not None:
+            best, us = _search(case, default, measure)
+            yield Outcome(case, default, us, replace(Knobs(), **dict(best)), len(measured))
+
+
+def _search(
+    case: Case, default: float, measure: Callable[[Setting], float | None]
+) -> tuple[Setting, float]:
+    """Descend along one knob after another until none helps; the setting and its time."""
+    best: Setting = ()
+    us, improved = default, True
+    space = space_of(case.batch)
+    while improved:
+        improved = False
+        for name, values in space.items():
+            settings = [_with(best, name, value) for value in values]
+            timed = [(spent, s) for s in settings if (spent := measure(s)) is not None]
+            found = min(timed, default=(us, best))
+            if found[0] < us * (1 - GAIN):
+                (us, best), improved = found, len(space) > 1
+    return best, us
+
+
+def _with(setting: Setting, name: str, value: int) -> Setting:
+    """A setting with one knob changed, without what is the default."""
+    changed = replace(Knobs(), **{**dict(setting), name: value})
+    default = asdict(Knobs())
+    return tuple(sorted((k, v) for k, v in asdict(changed).items() if v != default[k]))
