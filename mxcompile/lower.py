@@ -100,7 +100,8 @@ class _Builder:
 
     def kernel(self, template: Callable[..., Any], *knobs: Any) -> Any:
         """The function that a kernel template makes of its knobs; made once."""
-        key = (template, knobs)
+        method: Any = template  # of a frozen dataclass: what is equal makes the same function
+        key = (method.__func__, method.__self__, knobs)
         if key not in self.made:
             function = rooted(template(*knobs))
             self.made[key] = self.scope.bb.add_func(function, template.__name__)

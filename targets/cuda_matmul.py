@@ -16,9 +16,9 @@ Sums are exact in int32 within a group. What the sums of groups are added up in 
 so results agree to float32 rounding, not bit by bit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -80,6 +80,7 @@ class CudaMatmul:
     ``splits`` warps of a block share the columns of one tile where activation rows are few,
     ``tiles`` warps have a tile each and ``batches`` times 8 activation rows where they are many.
     ``rows`` float activation rows share the unpacked codes. ``serial`` kernels are for a CPU.
+    Tiles of other formats than ``formats`` are passed over.
     """
 
     splits: int = 8
@@ -87,10 +88,11 @@ class CudaMatmul:
     batches: int = 8
     rows: int = 4
     serial: bool = False
+    formats: tuple[str, ...] = tuple(FORMATS)
 
-    def only(self, formats: object) -> "CudaMatmul":
-        """The same kernels: what a GPU's code takes is little, and all formats are in it."""
-        return self
+    def only(self, formats: tuple[str, ...]) -> "CudaMatmul":
+        """The same kernels for fewer formats."""
+        return replace(self, formats=formats)
 
     def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
         """Rounds every group of 32 activations half to even to its absmax / top."""
@@ -119,7 +121,10 @@ class CudaMatmul:
 
         def emit() -> None:
             m, n, q = map(symbol, "mnq")
-            records, open_weight = param("Q", (m, q), "int8"), _Weight.declare(self.serial)
+            records, open_weight = (
+                param("Q", (m, q), "int8"),
+                _Weight.declare(self.serial, self.formats),
+            )
             y = param("Y", (m, n))
             codes, weight = _lines(records, fmt.digits), open_weight()
             lines, count = codes.shape[:2]
@@ -143,7 +148,7 @@ class CudaMatmul:
 
         def emit() -> None:
             m, n, k = map(symbol, "mnk")
-            x, open_weight = param("X", (m, k)), _Weight.declare(self.serial)
+            x, open_weight = param("X", (m, k)), _Weight.declare(self.serial, self.formats)
             y = param("Y", (m, n))
             weight = open_weight()
             count = (k + GROUP - 1) // GROUP
@@ -164,7 +169,10 @@ class CudaMatmul:
 
         def emit() -> None:
             m, k = map(symbol, "mk")
-            ids, open_weight = param("ids", (m,), "int64"), _Weight.declare(self.serial)
+            ids, open_weight = (
+                param("ids", (m,), "int64"),
+                _Weight.declare(self.serial, self.formats),
+            )
             y = param("Y", (m, k))
             weight = open_weight()
             count = (k + GROUP - 1) // GROUP
@@ -538,13 +546,19 @@ class _Weight:
     words: Any
     table: Any
     serial: bool
+    known: tuple[Format, ...]
 
     @classmethod
-    def declare(cls, serial: bool) -> Callable[[], "_Weight"]:
+    def declare(cls, serial: bool, formats: Sequence[str]) -> Callable[[], "_Weight"]:
         """Declares them as the next parameters; to be called once all parameters are declared."""
         size, tiles = symbol("size"), symbol("tiles")
         data, table = param("W", (size,), "uint8"), param("table", (tiles, 3), "int32")
-        return lambda: cls(T.decl_buffer((size // 4,), "uint32", data=data.data), table, serial)
+        known = tuple({FORMATS[name].layout: FORMATS[name] for name in formats}.values())
+
+        def view() -> "_Weight":
+            return cls(T.decl_buffer((size // 4,), "uint32", data=data.data), table, serial, known)
+
+        return view
 
     @property
     def tiles(self) -> Expr:
@@ -555,7 +569,7 @@ class _Weight:
         """Tile ``t`` of ``count`` groups once for every layout, each time inside its branch."""
         layout = hold(self.table[t, 0])
         base = hold(T.cast(self.table[t, 1], "int64"))
-        for fmt in {fmt.layout: fmt for fmt in FORMATS.values()}.values():
+        for fmt in self.known:
             with when(layout == fmt.layout):
                 entries = self._entries(t) if fmt.codebook else ()
                 yield _Tile(self, t, base, count, fmt, entries)
