@@ -61,7 +61,8 @@ def mixed_plan(tinylm: Path) -> Path:
     rng = np.random.default_rng(0)
     formats = list(FORMATS.values())
     tiles = {
-        u.name: TileFormats(tuple(formats[i] for i in rng.integers(2, 6, u.tiles))) for u in units
+        u.name: TileFormats(tuple(formats[i] for i in rng.integers(1, len(formats), u.tiles)))
+        for u in units
     }
     path = tinylm.with_name("plan.json")
     path.write_text(json.dumps(PrecisionPlan(units, tiles).to_json()))
