@@ -271,10 +271,10 @@ def price_model(job: Job, progress: Progress) -> Priced:
     """All that plans are made from, whatever the budget."""
     where = target.find(job.target)
     model, samples = _prepare(job, where, progress)
-    if not graph.units(model):
-        raise UnsupportedError(f"{job.model} has no weight that is large enough to plan")
     kept = _kept(job, samples)
     model, statistics = _observed(job, where, model, samples, kept, progress)
+    if not graph.units(model):  # only now: an operator that nobody supports is the better reason
+        raise UnsupportedError(f"{job.model} has no weight that is large enough to plan")
     costs = _prices(job, model, statistics, kept, progress)
     codes = None if kept is None else Path(f"{kept}.codes-{price.VERSION}")
     return Priced(model, samples, _fixed_bytes(model), statistics, costs, codes)
