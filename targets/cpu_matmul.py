@@ -417,9 +417,9 @@ class _Unpacked:
                         dot[side].set(vnni("vpdpbusd", "int32x16", dot[side].get(), both[side], x))
             for r, dot in enumerate(dots):
                 scale = word(r, GROUP, "float32x16")
-                for side, total in enumerate(totals[r // digits]):
+                for side, y_sum in enumerate(totals[r // digits]):
                     value = T.cast(dot[side].get(), "float32x16") * scale
-                    total.set(total.get() + value * scales[side])
+                    y_sum.set(y_sum.get() + value * scales[side])
         for r, total in enumerate(totals):
             for side in (0, 1):
                 store(sums, total[side].get(), row + r, side, 0)
