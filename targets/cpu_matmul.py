@@ -55,7 +55,7 @@ RECORD: Final = GROUP + 8
 """Bytes of a quantized group of an activation row: codes, scale, sum."""
 
 _ROW_BLOCK: Final = {
-    "avx512vnni": 8,
+    "avx512vnni": 6,
     "avxvnni": 4,
     "avx2": 4,
     "i8mm": 4,
@@ -81,7 +81,8 @@ class Knobs:
     """What a layout's inner loops can be tuned by; results do not depend on it.
 
     Attributes:
-        row_block: Activation rows that share the unpacked codes; 0 takes what registers hold.
+        row_block: Activation rows that share the unpacked codes; 0 takes what registers hold. Where
+            tiles of all layouts are multiplied in pairs, the largest that any layout has.
         prefetch: How many bytes ahead one row's product asks for the weights that it streams in,
             which the hardware alone follows at half its speed; 0 leaves it to the hardware.
     """
@@ -160,11 +161,19 @@ class MatmulKernel:
             def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
                 self._quantized_block(tile, codes, fmt.digits, y, t, row, rows)
 
-            def sizes(tile: "_Tile") -> list[int]:
-                rows = max(1, self.knobs_of(tile.fmt).row_block // fmt.digits)
-                return [rows >> i for i in range(rows.bit_length())]
+            def sizes(*known: Format) -> list[int]:
+                rows = max(self.knobs_of(each).row_block for each in known)
+                return _sizes(max(1, rows // fmt.digits))
 
-            self._all_tiles(weight, m, q // (RECORD * fmt.digits), sizes, block)
+            count = q // (RECORD * fmt.digits)
+            if self.instructions != "avx512vnni":
+                self._all_tiles(weight, m, count, sizes, block)
+                return
+            with T.If(m == 1):
+                with T.Then():
+                    self._one_row(weight, count, block)
+                with T.Else():
+                    self._pairs_of_tiles(weight, codes, y, count, sizes(*weight.known), fmt.digits)
 
         return build(emit)
 
@@ -179,8 +188,8 @@ class MatmulKernel:
             def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
                 _f32_block(tile, x, y, t, row, rows)
 
-            def sizes(tile: "_Tile") -> list[int]:
-                return [self.knobs_of(tile.fmt).row_block, 1]
+            def sizes(*known: Format) -> list[int]:
+                return [self.knobs_of(known[0]).row_block, 1]
 
             self._all_tiles(weight, m, (k + GROUP - 1) // GROUP, sizes, block)
 
@@ -217,35 +226,83 @@ class MatmulKernel:
         """Run ``block`` for every tile and block of activation rows, on all threads.
 
         Blocks have as many rows as the first of the sizes, the remainder's as the others.
-        One row costs what its weights take to stream in: threads get equal bytes, not equal tiles.
+        """
+        with T.If(m == 1):
+            with T.Then():
+                self._one_row(weight, count, block)
+            with T.Else(), self._chunks(m) as (first, length), T.parallel(0, weight.tiles) as t:
+                for tile in weight.formats(self.instructions, t, count):
+                    done: Expr = T.int64(0)
+                    for rows in sizes(tile.fmt):
+                        with T.serial(0, (length - done) // rows) as i:
+                            block(tile, t, first + done + i * rows, rows)
+                        done = hold(done + (length - done) // rows * rows)
+
+    def _one_row(self, weight: "_Weight", count: Expr, block: "_Block") -> None:
+        """Run ``block`` for every tile and one activation row.
+
+        It costs what the weights take to stream in: threads get equal bytes, not equal tiles.
         """
 
         def gemv(t: Expr) -> None:
             for tile in weight.formats(self.instructions, t, count):
                 block(tile, t, T.int64(0), 1)
 
-        with T.If(m == 1):
-            with T.Then(), T.If(weight.tiles * count < self.serial_groups):
-                with T.Then(), T.serial(0, weight.tiles) as t:
-                    gemv(t)
-                with (
-                    T.Else(),
-                    T.parallel(0, self.jobs) as job,
-                    T.serial(
-                        weight.first_tile(job, self.jobs), weight.first_tile(job + 1, self.jobs)
-                    ) as t,
-                ):
-                    gemv(t)
-            with T.Else(), T.serial(0, (m + self.chunk - 1) // self.chunk) as chunk:
-                first = hold(chunk * self.chunk)
-                length = hold(T.min(m - first, T.int64(self.chunk)))
-                with T.parallel(0, weight.tiles) as t:
+        with T.If(weight.tiles * count < self.serial_groups):
+            with T.Then(), T.serial(0, weight.tiles) as t:
+                gemv(t)
+            with (
+                T.Else(),
+                T.parallel(0, self.jobs) as job,
+                T.serial(
+                    weight.first_tile(job, self.jobs), weight.first_tile(job + 1, self.jobs)
+                ) as t,
+            ):
+                gemv(t)
+
+    @contextmanager
+    def _chunks(self, m: Expr) -> Iterator[tuple[Expr, Expr]]:
+        """Loop over runs of activation rows: the first row and the number of rows of each."""
+        with T.serial(0, (m + self.chunk - 1) // self.chunk) as chunk:
+            first = hold(chunk * self.chunk)
+            yield first, hold(T.min(m - first, T.int64(self.chunk)))
+
+    def _pairs_of_tiles(
+        self,
+        weight: "_Weight",
+        codes: Any,
+        y: Any,
+        count: Expr,
+        sizes: Sequence[int],
+        digits: int,
+    ) -> None:
+        """Multiply many rows with two tiles at a time, of any formats, for AVX-512 VNNI.
+
+        A dot product that reads its activations as it goes is bound by these loads; here each word
+        of activations is loaded once for two tiles. Both are unpacked to bytes a block of groups at
+        a time, once for all rows of a chunk.
+        """
+        m, n = y.shape
+        with self._chunks(m) as (first, length), T.parallel(0, (weight.tiles + 1) // 2) as pair:
+            sums = scratch(self.chunk, 2, ROW_TILE)
+            block = _Unpacked.scratch()
+            with T.grid(length, 2) as (r, side):
+                store(sums, T.broadcast(T.float32(0), ROW_TILE), r, side, 0)
+            with T.serial(0, count // BLOCK + 1) as index:
+                for side in (0, 1):
+                    t = hold(T.min(pair * 2 + side, weight.tiles - 1))
                     for tile in weight.formats(self.instructions, t, count):
-                        done: Expr = T.int64(0)
-                        for rows in sizes(tile):
-                            with T.serial(0, (length - done) // rows) as i:
-                                block(tile, t, first + done + i * rows, rows)
-                            done = length // rows * rows
+                        block.unpack(tile, index, side, self.knobs_of(tile.fmt).prefetch)
+                done: Expr = T.int64(0)
+                for rows in sizes:
+                    with T.serial(0, (length - done) // rows) as i:
+                        block.multiply(
+                            codes, first, hold(done + i * rows), index, count, rows, digits, sums
+                        )
+                    done = hold(done + (length - done) // rows * rows)
+            with T.grid(length, T.min(n - pair * 2 * ROW_TILE, 2 * ROW_TILE)) as (r, column):
+                value = load(sums, r, column // ROW_TILE, column % ROW_TILE, lanes=1)
+                store(y, value, first + r, pair * 2 * ROW_TILE + column)
 
     def _quantized_block(
         self, tile: "_Tile", codes: Any, digits: int, y: Any, t: Expr, row: Expr, rows: int
@@ -280,6 +337,101 @@ class MatmulKernel:
                 total = sums[r // digits]
                 total.set(total.get() + T.cast(dot, "float32x16") * scale * scales)
         _store_block(tile, y, t, row, sums)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unpacked:
+    """A block of groups of two tiles, as bytes: what a run of activation rows is multiplied with.
+
+    Attributes:
+        codes: uint8 [groups, quads, tiles, 64].
+        zeros: Negated zero-points in the low halves of words, int32 [groups, tiles, 16].
+        scales: Scales times row scales, which is exact: float32 [groups, tiles, 16].
+    """
+
+    codes: Any
+    zeros: Any
+    scales: Any
+
+    @classmethod
+    def scratch(cls) -> "_Unpacked":
+        """Room for a block."""
+        return cls(
+            scratch(BLOCK, QUADS, 2, VECTOR, dtype="uint8"),
+            scratch(BLOCK, 2, ROW_TILE, dtype="int32"),
+            scratch(BLOCK, 2, ROW_TILE),
+        )
+
+    def unpack(self, tile: "_Tile", index: Expr, side: int, ahead: int) -> None:
+        """Fill in a tile's block."""
+        row_scales = hold(tile.row_scales())
+        with tile.block(index, ahead) as (i, group):
+            for quad in range(QUADS):
+                store(self.codes, T.reinterpret("uint8x64", group.quad(quad)), i, quad, side, 0)
+            negative = (T.int32(0) - group.zeros()) & T.int32(0xFFFF)
+            store(self.zeros, negative, i, side, 0)
+            store(self.scales, group.scales() * row_scales, i, side, 0)
+
+    def multiply(
+        self,
+        codes: Any,
+        first: Expr,
+        row: Expr,
+        index: Expr,
+        count: Expr,
+        rows: int,
+        digits: int,
+        sums: Any,
+    ) -> None:
+        """Add the products with ``rows`` activation rows to ``sums``, from row ``row`` of it on."""
+        rest = hold(count % BLOCK)
+        start = hold(T.Select(index == 0, T.int64(0), (index - 1) * BLOCK + rest))
+        totals = [[_Register("float32x16") for _ in (0, 1)] for _ in range(rows)]
+        for r, total in enumerate(totals):
+            for side in (0, 1):
+                total[side].set(load(sums, row + r, side, 0, lanes=ROW_TILE))
+        with T.serial(0, T.Select(index == 0, rest, T.int64(BLOCK))) as i:
+
+            def word(r: int, at: int, dtype: str) -> Expr:
+                """A word of the ``r``-th pair of a row and a digit, in all lanes."""
+                run = r % digits * (codes.shape[1] // digits)
+                at_word = run + (start + i) * RECORD + at
+                value = load(codes, first + row + r // digits, at_word, lanes=4)
+                return T.reinterpret(dtype, hold(T.broadcast(T.reinterpret("int32", value), 16)))
+
+            def vnni(name: str, dtype: str, *operands: Expr) -> Expr:
+                return T.call_llvm_pure_intrin(dtype, f"llvm.x86.avx512.{name}.512", *operands)
+
+            zeros, scales = (
+                [hold(load(part, i, side, 0, lanes=ROW_TILE)) for side in (0, 1)]
+                for part in (self.zeros, self.scales)
+            )
+            dots = [[_Register("int32x16") for _ in (0, 1)] for _ in range(rows * digits)]
+            for r, dot in enumerate(dots):
+                # A sum fits the low half of its word; the high half, its sign, meets a 0.
+                x_sum = word(r, GROUP + 4, "int16x32")
+                for side in (0, 1):
+                    negative = T.reinterpret("int16x32", zeros[side])
+                    dot[side].set(vnni("pmaddw.d", "int32x16", negative, x_sum))
+            for quad in range(QUADS):
+                both = [hold(load(self.codes, i, quad, side, 0, lanes=VECTOR)) for side in (0, 1)]
+                for r, dot in enumerate(dots):
+                    x = word(r, 4 * quad, "int8x64")
+                    for side in (0, 1):
+                        dot[side].set(vnni("vpdpbusd", "int32x16", dot[side].get(), both[side], x))
+            for r, dot in enumerate(dots):
+                scale = word(r, GROUP, "float32x16")
+                for side, y_sum in enumerate(totals[r // digits]):
+                    value = T.cast(dot[side].get(), "float32x16") * scale
+                    y_sum.set(y_sum.get() + value * scales[side])
+        for r, total in enumerate(totals):
+            for side in (0, 1):
+                store(sums, total[side].get(), row + r, side, 0)
+
+
+def _sizes(largest: int) -> list[int]:
+    """Rows of blocks: the largest, and powers of 2 for what is left over."""
+    return [largest, *(1 << i for i in reversed(range((largest - 1).bit_length())))]
 
 
 def _f32_block(tile: "_Tile", x: Any, y: Any, t: Expr, row: Expr, rows: int) -> None:
@@ -374,8 +526,8 @@ def _reduce(operation: str, vector: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.{operation}", vector)
 
 
-_Sizes = Callable[["_Tile"], Sequence[int]]
-"""The rows of the blocks that activations are cut in for a tile, the largest first."""
+_Sizes = Callable[[Format], Sequence[int]]
+"""The rows of the blocks that activations are cut in for a format, the largest first."""
 
 _Block = Callable[["_Tile", Expr, Expr, int], None]
 """Emits a tile's product with some activation rows: tile, its index, first row, rows."""
@@ -702,23 +854,28 @@ class _Tile:
 
         Asks for what lies ``ahead`` bytes farther on, if not 0, as each group is reached.
         """
+        with T.serial(0, self.count // BLOCK + 1) as index, self.block(index, ahead) as (_, group):
+            yield group
+
+    @contextmanager
+    def block(self, index: Expr, ahead: int = 0) -> Iterator[tuple[Expr, "_Group"]]:
+        """Loop over the groups of one block, with their places in it."""
         size, header = self.fmt.bits * VECTOR, BLOCK * SIDE
         rest = hold(self.count % BLOCK)
         first = hold((rest * SIDE + 2 * ROW_TILE + VECTOR - 1) // VECTOR * VECTOR)
-        with T.serial(0, self.count // BLOCK + 1) as block:
-            at_rest = block == 0
-            done = hold(T.Select(at_rest, T.int64(0), (block - 1) * BLOCK + rest))
-            skip = T.Select(at_rest, T.int64(0), first + (block - 1) * header)
-            start = hold(self.base + done * size + skip)
-            length = hold(T.Select(at_rest, rest, T.int64(BLOCK)))
-            codes = hold(start + T.Select(at_rest, first, T.int64(header)))
+        at_rest = index == 0
+        done = hold(T.Select(at_rest, T.int64(0), (index - 1) * BLOCK + rest))
+        skip = T.Select(at_rest, T.int64(0), first + (index - 1) * header)
+        start = hold(self.base + done * size + skip)
+        length = hold(T.Select(at_rest, rest, T.int64(BLOCK)))
+        codes = hold(start + T.Select(at_rest, first, T.int64(header)))
+        if ahead:
+            self._prefetch(start + ahead, header // VECTOR)
+        with T.serial(0, length) as i:
             if ahead:
-                self._prefetch(start + ahead, header // VECTOR)
-            with T.serial(0, length) as i:
-                if ahead:
-                    self._prefetch(codes + i * size + ahead, self.fmt.bits)
-                zeros = start + length * ROW_TILE + i * (ROW_TILE // 2)
-                yield _Group(self, done + i, start + i * ROW_TILE, zeros, codes + i * size)
+                self._prefetch(codes + i * size + ahead, self.fmt.bits)
+            zeros = start + length * ROW_TILE + i * (ROW_TILE // 2)
+            yield i, _Group(self, done + i, start + i * ROW_TILE, zeros, codes + i * size)
 
     def _prefetch(self, start: Expr, vectors: int) -> None:
         for vector in range(vectors):
