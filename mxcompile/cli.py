@@ -908,12 +908,9 @@ def _passes() -> list[dict[str, Any]]:
 
 
 def _strategies() -> list[dict[str, Any]]:
-    from mxcompile.strategies import STRATEGIES
+    from mxcompile.strategies import STRATEGIES, describe
 
-    return [
-        {"name": name, "description": (strategy.__doc__ or "").partition("\n")[0]}
-        for name, strategy in STRATEGIES.items()
-    ]
+    return [{"name": name, "description": describe(name)} for name in STRATEGIES]
 
 
 _Add = Callable[[argparse.ArgumentParser], None]

@@ -186,8 +186,9 @@ def render(rows: Sequence[dict[str, Any]], title: str) -> str:
             [[row[name] for name in head] for row in ranked],
         )
         sections += [page.section(f"Budget {budget}", chart), page.section("", table)]
-    names = dict.fromkeys(row["strategy"] for row in rows)
-    about = [(name, (strategies.STRATEGIES[name].__doc__ or "").splitlines()[0]) for name in names]
+    about = [
+        (name, strategies.describe(name)) for name in dict.fromkeys(r["strategy"] for r in rows)
+    ]
     sections.append(page.section("Strategies", page.table(("", ""), about)))
     return page.page(
         f"{title}: strategies compared",

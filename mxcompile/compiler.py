@@ -16,6 +16,7 @@ from mxcompile import artifact as artifacts
 from mxcompile import (
     calibrate,
     graph,
+    knobs,
     lower,
     passes,
     price,
@@ -35,7 +36,6 @@ from mxcompile.errors import PlanError, UnsupportedError, UsageError
 from mxcompile.evidence import Evidence
 from mxcompile.formats import FORMATS
 from mxcompile.instruments import Dump, Verify
-from mxcompile.knobs import Choice, choose
 from mxcompile.latency import Latency, predict
 from mxcompile.passes import sort_vocabulary
 from mxcompile.pipeline import Context, Instrument, Pipeline
@@ -150,7 +150,7 @@ def _build(job: Job, where: target.Target, planned: Planned, progress: Progress)
             emit(quantized, job.emit_onnx)
     with progress.stage("lower"):
         fused = _run(job, passes.FUSE, quantized, ctx)
-        lowered = lower.lower(fused, ctx, _choice(job, where, progress))
+        lowered = lower.lower(fused, ctx, _knobs(job, where, progress))
     del quantized, fused
     with tempfile.TemporaryDirectory(prefix="mxcompile-") as scratch:
         code = Path(scratch) / artifacts.CODE
@@ -186,24 +186,17 @@ def _build(job: Job, where: target.Target, planned: Planned, progress: Progress)
     return artifacts.load(job.output)
 
 
-def _verify(
-    job: Job, where: target.Target, planned: Planned, built: Artifact, progress: Progress
-) -> Mapping[str, float]:
-    """What is measured on the program; nothing where this machine cannot run it."""
-    if not where.runs_here:
-        progress.note(f"not verified on this host: it cannot run {where.name} programs")
-        return {}
-    return verify.check(built, job.model, planned.samples, planned.predicted)
+def _records(job: Job) -> Records:
+    return records.load(job.log or records.user_folder())
 
 
-def _choice(job: Job, where: target.Target, progress: Progress) -> Choice:
-    """The knobs that this machine's tuning records are for, if the program is for its like."""
-    if not where.runs_here:
-        return Choice()
+def _knobs(job: Job, where: target.Target, progress: Progress) -> knobs.Choice:
+    """What this machine's tuning records say, if the program is for its like."""
     known = _records(job)
-    if len(known):
-        progress.note(f"{len(known)} tuning records of this machine choose the kernels' knobs")
-    return choose(known, runtime.cores())
+    if not where.runs_here or not len(known):
+        return knobs.Choice()
+    progress.note(f"{len(known)} tuning records of this machine choose the kernels' knobs")
+    return knobs.choose(known, runtime.cores())
 
 
 def tune_model(
@@ -217,7 +210,7 @@ def tune_model(
     """Tune the kernels for the products of a model or an artifact; records go into ``log``.
 
     Raises:
-        UsageError: this machine cannot run the target's kernels.
+        UsageError: this machine cannot run the target's kernels, or they have no knobs.
     """
     tune.check_host(where)
     with progress.stage("load"):
@@ -245,6 +238,16 @@ def tune_model(
     return found
 
 
+def _verify(
+    job: Job, where: target.Target, planned: Planned, built: Artifact, progress: Progress
+) -> Mapping[str, float]:
+    """What is measured on the program; nothing where this machine cannot run it."""
+    if not where.runs_here:
+        progress.note(f"not verified on this host: it cannot run {where.name} programs")
+        return {}
+    return verify.check(built, job.model, planned.samples, planned.predicted)
+
+
 def _uniform_quality(
     job: Job, where: target.Target, planned: Planned, progress: Progress
 ) -> Mapping[str, float]:
@@ -268,10 +271,10 @@ def price_model(job: Job, progress: Progress) -> Priced:
     """All that plans are made from, whatever the budget."""
     where = target.find(job.target)
     model, samples = _prepare(job, where, progress)
-    if not graph.units(model):
-        raise UnsupportedError(f"{job.model} has no weight that is large enough to plan")
     kept = _kept(job, samples)
     model, statistics = _observed(job, where, model, samples, kept, progress)
+    if not graph.units(model):  # only now: an operator that nobody supports is the better reason
+        raise UnsupportedError(f"{job.model} has no weight that is large enough to plan")
     costs = _prices(job, model, statistics, kept, progress)
     codes = None if kept is None else Path(f"{kept}.codes-{price.VERSION}")
     return Priced(model, samples, _fixed_bytes(model), statistics, costs, codes)
@@ -492,27 +495,23 @@ def _solve(
 
 
 def _latency(job: Job, where: target.Target, model: ir.Model) -> Latency:
-    """What decode steps are predicted with: measured where the target is this machine's CPU."""
+    """Measured where the target is this machine, else as the target is described."""
     reads = {
         unit: sum(use.kind != "embedding" for use in uses)
         for unit, uses in graph.uses(model).items()
     }
-    if not where.runs_here or where.parent or where.kernels != "cpu":
-        macs = sum(reads[unit.name] * unit.parameters for unit in graph.units(model))
-        return Latency.described(where, macs, reads)
-    threads = runtime.cores()
-    return predict(
-        tune.products(model),
-        reads,
-        _records(job),
-        threads=threads,
-        bandwidth=roofline.measure(threads).read_bandwidth,
-        fixed_seconds=tune.kernel_calls(model) * tune.call_seconds(where),
-    )
-
-
-def _records(job: Job) -> Records:
-    return records.load(job.log or records.user_folder())
+    if where.runs_here and where.kernels == "cpu" and not where.parent:
+        threads = runtime.cores()
+        return predict(
+            tune.products(model),
+            reads,
+            _records(job),
+            threads=threads,
+            bandwidth=roofline.measure(threads).read_bandwidth,
+            fixed_seconds=tune.kernel_calls(model) * tune.call_seconds(where),
+        )
+    macs = sum(reads[unit.name] * unit.parameters for unit in graph.units(model))
+    return Latency.described(where, macs, reads)
 
 
 def _predictions(found: Solution, model: ir.Model) -> dict[str, float | str]:

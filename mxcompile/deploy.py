@@ -47,6 +47,8 @@ HEADERS: Final = "tvm_ffi/include"
 PRODUCTS: Final = ("mxrun", "libmxrun.so")
 FLAGS: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
 RELEASE: Final = ("-O2",)
+LINK: Final = ("-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN", "-s", "-pthread")
+"""Nothing names a symbol of TVM's runtime, which registers itself: it is linked all the same."""
 
 GLIBC: Final = "2.28"
 """What a device must have at least, where Zig compiles; TVM's wheels ask for the same."""
@@ -269,7 +271,7 @@ def build_runner(
     files = sorted(sources().iterdir())
     digest = hashlib.sha256()
     version = _run([*compiler, "--version"])
-    for text in (*compiler, version, *FLAGS, *flags, *found.versions.values()):
+    for text in (*compiler, version, *FLAGS, *LINK, *flags, *found.versions.values()):
         digest.update(text.encode() + b"\0")
     for path in (*files, *found.libraries):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -301,9 +303,7 @@ def _compile(compiler: Sequence[str], found: Runtime, files: Sequence[Path], wor
             for path, target in zip(code, objects, strict=True)
         ]
         list(pool.map(_run, commands))
-    # Nothing names a symbol of the runtime, which registers itself: keep it all the same.
-    libraries = ["-Wl,--no-as-needed", *map(str, found.libraries)]
-    link = [*libraries, "-Wl,-rpath,$ORIGIN", "-s", "-pthread"]
+    link = [*LINK, *map(str, found.libraries)]
     library = [target for target in objects if not target.endswith("/main.o")]
     _run([*compiler, *objects, *link, "-o", str(work / "mxrun")])
     _run([*compiler, "-shared", *library, *link, "-o", str(work / "libmxrun.so")])

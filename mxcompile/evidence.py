@@ -49,8 +49,7 @@ PROBE_STRIDE: Final = 4
 class Rounded:
     """Every weight in every format, by the quantizer that ships; found when it is first read.
 
-    Rows are rounded on their own, so that any plan's weights are rows of these. What a format
-    learns of a weight as a whole it learns here from all rows, not from those that a plan gives it.
+    Rows are rounded on their own, so that any plan's weights are rows of these.
 
     Attributes:
         weights: A unit's float32 weights [rows, columns] by name.

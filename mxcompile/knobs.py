@@ -11,14 +11,14 @@ from typing import Final
 
 from mxcompile.formats import FORMATS
 from mxcompile.records import Case, Records
-from mxcompile.targets.cpu_matmul import Knobs
+from mxcompile.targets.cpu_matmul import Knobs, MatmulKernel
+from mxcompile.targets.kernels import MatmulTemplates
 
 Setting = tuple[tuple[str, int], ...]
 """Knobs as records have them: what is not the default, by name."""
 
 DECODE: Final[Mapping[str, tuple[int, ...]]] = {
     "prefetch": (0, 1024, 2048, 4096, 8192, 16384),
-    "chains": (1, 2, 4),
 }
 PREFILL: Final[Mapping[str, tuple[int, ...]]] = {"row_block": (4, 6, 8, 10, 12)}
 """The values that are tried, for one activation row and for many."""
@@ -36,6 +36,12 @@ class Choice:
 
     by_format: Mapping[str, Knobs] = field(default_factory=dict)
     by_shape: Mapping[tuple[str, int, int], Knobs] = field(default_factory=dict)
+
+    def tuned(self, kernels: MatmulTemplates, rows: int, columns: int) -> MatmulTemplates:
+        """Kernels with the knobs for a weight's shape; a family without such knobs as it is."""
+        if not isinstance(kernels, MatmulKernel):
+            return kernels
+        return replace(kernels, knobs=self.knobs(rows, columns))
 
     def knobs(self, rows: int, columns: int) -> tuple[tuple[str, Knobs], ...]:
         """What a ``MatmulKernel`` for a weight of a shape takes."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mxcompile.formats import FORMATS, Format
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
-from mxcompile.records import Case, Records
+from mxcompile.records import Case, Records, representative
 from mxcompile.target import Target
 
 NANO: Final = 1e-9
@@ -51,7 +51,7 @@ class Latency:
         return cls(
             1 / speed.bytes_per_second,
             reads,
-            f"a roofline at {NANO * speed.bytes_per_second:.4g} GB/s, as target {where.name} says",
+            f"a roofline at {speed.bytes_per_second * NANO:.4g} GB/s, as target {where.name} says",
             fixed_seconds=speed.step_seconds,
             products=macs / speed.macs_per_second,
         )
@@ -71,13 +71,14 @@ class Latency:
     def limit(self, tokens_per_second: float, fixed_bytes: int = 0) -> int:
         """The nanoseconds that tiles may take in all at a rate."""
         left = 1 / tokens_per_second - self.fixed_seconds
-        spare = left - fixed_bytes * self.seconds_per_byte
-        return int(spare / NANO) if left >= self.products else 0
+        return (
+            int((left - fixed_bytes * self.seconds_per_byte) / NANO) if left >= self.products else 0
+        )
 
     def rate(self, nanoseconds: int, fixed_bytes: int = 0) -> float:
         """Tokens a second when tiles take so many nanoseconds in all."""
-        read = max(nanoseconds, 1) * NANO + fixed_bytes * self.seconds_per_byte
-        return 1 / (max(read, self.products) + self.fixed_seconds)
+        streamed = max(nanoseconds, 1) * NANO + fixed_bytes * self.seconds_per_byte
+        return 1 / (max(streamed, self.products) + self.fixed_seconds)
 
 
 def predict(
@@ -99,12 +100,13 @@ def predict(
         bandwidth: Bytes read a second by so many threads.
         fixed_seconds: Of a step, whatever the plan.
     """
-    by_format = {name: _by_format(records, name, threads) for name in FORMATS}
+    layouts = {name: representative(fmt) for name, fmt in FORMATS.items()}
+    by_format = {name: _by_format(records, layouts[name], threads) for name in FORMATS}
     timed, exact = {}, 0
     for units in products:
         for name, usual in by_format.items():
             rows = sum(unit.rows for unit in units)
-            case = Case(name, rows, units[0].columns, 1, threads)
+            case = Case(layouts[name], rows, units[0].columns, 1, threads)
             best = records.best(case)
             found = usual if best is None else best * 1e-6 / _bytes(case)
             exact += best is not None

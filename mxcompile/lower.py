@@ -98,10 +98,6 @@ class _Builder:
         """The matrix product kernels, with code for the formats that weights have."""
         return self.kernels.matmul.only(tuple(f for f in FORMATS if f in self.formats))
 
-    def tuned(self, rows: int, columns: int) -> families.MatmulTemplates:
-        """The same with what records say of a weight's shape."""
-        return self.matmul.tuned(self.choice.knobs(rows, columns))
-
     def kernel(self, template: Callable[..., Any], *knobs: Any) -> Any:
         """The function that a kernel template makes of its knobs; made once."""
         method: Any = template  # of a frozen dataclass: what is equal makes the same function
@@ -167,8 +163,8 @@ def lower(model: ir.Model, ctx: Context, choice: Choice | None = None) -> Lowere
     Raises:
         UnsupportedError: a node has no lowering; the text names it.
     """
-    scope = Scope(relax.BlockBuilder())
-    builder = _Builder(model, families.of(ctx.target), scope, choice=choice or Choice())
+    kernels, scope = families.of(ctx.target), Scope(relax.BlockBuilder())
+    builder = _Builder(model, kernels, scope, choice=choice or Choice())
     _collect_weights(builder)
     specs = [_spec(v) for v in model.graph.inputs]
     inputs = [relax.Var(s.name, _type(scope, s)) for s in specs]
@@ -334,7 +330,8 @@ def _product(
     size = cpu_matmul.activation_bytes(int(columns), activation)
     quantize = builder.kernel(builder.matmul.quantize_activation, activation)
     codes = builder.call(quantize, [x], (count, size), "int8")
-    multiply = builder.kernel(builder.tuned(rows, int(columns)).matmul_quantized, activation)
+    matmul = builder.choice.tuned(builder.matmul, rows, int(columns))
+    multiply = builder.kernel(matmul.matmul_quantized, activation)
     return builder.call(multiply, [codes, *weight], (count, rows))
 
 
@@ -674,22 +671,27 @@ def build(lowered: Lowered, target: Target, library: Path) -> None:
     Raises:
         UsageError: it cannot be linked for the target here.
     """
+    compile_module(lowered.module, target, library)
+
+
+def compile_module(module: Any, target: Target, library: Path) -> None:
+    """Compile a Relax module, by the target's passes, to a shared library.
+
+    Raises:
+        UsageError: it cannot be linked for the target here.
+    """
 
     def link(output: str, objects: Sequence[str], **_options: Any) -> None:
         linker.link(target.triple, output, objects)
 
-    compile_module(lowered.module, target).export_library(str(library), fcompile=link)
-
-
-def compile_module(module: Any, target: Target) -> Any:
-    """A Relax module's machine code, by the target's passes."""
     tvm_target = tvm.target.Target(dict(target.tvm))
     passes = [step for phase in phases(target).values() for step in phase]
     family = families.of(target)
     with tvm_target, family.building():
-        return tvm.compile(
+        program = tvm.compile(
             module,
             target=tvm_target,
             relax_pipeline=tvm.transform.Sequential(passes),
             tir_pipeline=family.pipeline,
         )
+    program.export_library(str(library), fcompile=link)

@@ -136,8 +136,7 @@ def price(
             if not np.isfinite(met).all():
                 raise UsageError(f"{unit.name} cannot be priced: calibration met infinite numbers")
             importance = met if met.ndim == 1 else np.diagonal(met).copy()
-            rows = np.arange(unit.rows)
-            codebooks = {f: learn(weight, rows, f, importance, name=unit.name) for f in formats}
+            codebooks = {f: learn(weight, f, importance, name=unit.name) for f in formats}
             damage[unit.name] = np.zeros((unit.tiles, len(formats)))
             step = max(BLOCK // (unit.columns * ROW_TILE), 1) * ROW_TILE
             for start in range(0, unit.rows, step):

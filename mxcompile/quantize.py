@@ -117,11 +117,11 @@ def quantize(
         UsageError: a weight is NaN, infinite or too large for the format.
     """
     result = _empty(*weight.shape)
-    rows = np.arange(len(weight))
     if codebook is None:
-        codebook = learn(weight, rows, fmt, importance, name=name)
+        codebook = learn(weight, fmt, importance, name=name)
     how = _SEARCHES[fmt.name] if search else _NO_SEARCH
-    _quantize_rows(_Source(weight, importance, fmt, codebook, how, name), rows, result)
+    source = _Source(weight, importance, fmt, codebook, how, name)
+    _quantize_rows(source, np.arange(len(weight)), result)
     return result
 
 
@@ -132,29 +132,27 @@ def quantize_tiles(
     *,
     name: str = "the weight",
 ) -> Quantized:
-    """Quantize a weight whose row tiles have formats of their own; see ``quantize``."""
+    """Quantize a weight whose row tiles have formats of their own; see ``quantize``.
+
+    A codebook is learned from all rows, not from those that look it up: what a row becomes in a
+    format does not depend on the formats of others, and prices hold for every plan.
+    """
     result = _empty(*weight.shape)
     for fmt, rows in rows_by_format(formats, len(weight)):
-        codebook = learn(weight, rows, fmt, importance, name=name)
+        codebook = learn(weight, fmt, importance, name=name)
         how = _SEARCHES[fmt.name]
         _quantize_rows(_Source(weight, importance, fmt, codebook, how, name), rows, result)
     return result
 
 
 def learn(
-    weight: Array,
-    rows: Array,
-    fmt: Format,
-    importance: Array | None = None,
-    *,
-    name: str = "the weight",
+    weight: Array, fmt: Format, importance: Array | None = None, *, name: str = "the weight"
 ) -> Array | None:
-    """The codebook of some rows of a weight, uint8 [levels], rising; None for uniform formats.
+    """The codebook of a weight in a format, uint8 [levels], rising; None for uniform formats.
 
     Args:
         weight: Float numbers [rows, columns].
-        rows: The indices of those that share the codebook.
-        fmt: Their format; where its codebook is fixed, that is the answer.
+        fmt: The format; where its codebook is fixed, that is the answer.
         importance: ``E[x_k**2]`` of the columns; None weighs them alike.
         name: What an error calls the weight.
 
@@ -165,7 +163,8 @@ def learn(
         return None
     codebook: Array = np.array(fmt.codebook, np.uint8)
     if fmt.learned:
-        sample = rows[:: -(-len(rows) * groups(weight.shape[1]) // LEARN_GROUPS)]
+        step = -(-len(weight) * groups(weight.shape[1]) // LEARN_GROUPS)
+        sample = np.arange(0, len(weight), step)
         for _ in range(LEARN_ROUNDS):
             source = _Source(weight, importance, fmt, codebook, _SEARCHES[fmt.name], name)
             codebook = source.grid(sample).learned()

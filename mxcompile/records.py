@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 from mxcompile import target
 from mxcompile.errors import UsageError
 from mxcompile.files import whole
+from mxcompile.formats import FORMATS, Format
 
 FILE: Final = "records.jsonl"
 
@@ -107,6 +108,11 @@ def kernel_version() -> str:
     folder = files("mxcompile.targets")
     text = "".join(folder.joinpath(name).read_text() for name in KERNEL_SOURCES)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def representative(fmt: Format) -> str:
+    """The first format that is laid out like ``fmt``: to kernels they are one, and to records."""
+    return next(name for name, other in FORMATS.items() if other.layout == fmt.layout)
 
 
 class Records:

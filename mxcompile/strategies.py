@@ -197,6 +197,11 @@ def find(names: str) -> dict[str, Strategy]:
     return {name: STRATEGIES[name] for name in chosen}
 
 
+def describe(name: str) -> str:
+    """The first line of a strategy's docstring, without its marks."""
+    return (STRATEGIES[name].__doc__ or "").partition("\n")[0].replace("``", "")
+
+
 def _by_unit(costs: Costs, harm: Mapping[str, Array], limit: int) -> PrecisionPlan:
     """The least summed harm, known of whole units in every format; a unit's tiles share it."""
     even = {u.name: np.tile(harm[u.name] / u.tiles, (u.tiles, 1)) for u in costs.units}

@@ -27,10 +27,12 @@ from mxcompile.errors import UsageError
 from mxcompile.formats import ACTIVATION_FORMATS, FORMATS
 from mxcompile.knobs import GAIN, Setting, space_of
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
-from mxcompile.records import Case, Record, Records, hardware_id
-from mxcompile.target import Target, host_features
-from mxcompile.targets import cpu_norm
+from mxcompile.records import Case, Record, Records, hardware_id, representative
+from mxcompile.target import Target
+from mxcompile.targets import cpu_norm, packing
 from mxcompile.targets.cpu_matmul import Knobs, MatmulKernel, activation_bytes
+
+INT8: Final = ACTIVATION_FORMATS["int8"]
 
 Shape = tuple[str, int, int]
 """A product: format, rows and columns of the weight."""
@@ -42,9 +44,6 @@ STREAM_BYTES: Final = 96 << 20
 """Weights that a trial reads, if need be by copies: three times a large cache."""
 
 REPEATS: Final = 15
-
-INT8: Final = ACTIVATION_FORMATS["int8"]
-"""What activations are rounded to when kernels are timed."""
 
 
 _KERNELS: Final = {
@@ -106,8 +105,8 @@ class SessionMeasurer:
         self._trials += 1  # a library that is loaded must not be written over
         with tempfile.TemporaryDirectory(prefix="mxcompile-") as folder:
             library = Path(folder) / f"trial{self._trials}.so"
-            built = lower.compile_module(program(case, knobs, self.target, copies), self.target)
-            built.export_library(str(library))
+            module = program(case, knobs, self.target, copies)
+            lower.compile_module(module, self.target, library)
             self.session.upload(str(library))
         machine = relax.VirtualMachine(self.session.load_module(library.name), device)
         self.session.remove(library.name)
@@ -137,7 +136,7 @@ def program(case: Case, knobs: Knobs, target: Target, copies: int) -> Any:
     bb = relax.BlockBuilder()
     tensors = [relax.TensorType(a.shape, str(a.dtype)) for a in inputs(case, copies)]
     codes, table, *weights = (relax.Var(f"x{i}", t) for i, t in enumerate(tensors))
-    product = bb.add_func(lower.rooted(kernel.matmul_quantized(INT8)), "matmul_int8")
+    product = bb.add_func(lower.rooted(kernel.matmul_quantized(INT8)), "matmul_quantized")
     out = relax.TensorType((case.batch, case.rows), "float32")
     with bb.function("main", [codes, table, *weights]):
         with bb.dataflow():
@@ -151,8 +150,8 @@ def inputs(case: Case, copies: int) -> Iterator[np.ndarray]:
     """What ``program`` takes; what numbers they hold changes no time."""
     fmt, size = FORMATS[case.format], weight_bytes(case)
     yield np.ones((case.batch, activation_bytes(case.columns, INT8)), np.int8)
-    starts = np.arange(_tiles(case)) * (size // _tiles(case) // 64)
-    layouts = np.full(_tiles(case), fmt.layout)
+    starts = np.arange(_tiles(case)) * (size // _tiles(case) // packing.VECTOR)
+    layouts = np.full_like(starts, fmt.layout)
     yield np.stack([layouts, starts, np.zeros_like(starts)], axis=1).astype(np.int32)
     for _ in range(copies):
         yield np.ones(size, np.uint8)
@@ -168,7 +167,9 @@ def artifact_shapes(artifact: Artifact) -> Counter[Shape]:
         parts = [units[part] for part in label.split("+") if part in units]
         if kind == "packed" and parts:
             rows = sum(unit.rows for unit in parts)
-            formats = {fmt.name for unit in parts for fmt in plan.tiles[unit.name].formats}
+            formats = {
+                representative(fmt) for unit in parts for fmt in plan.tiles[unit.name].formats
+            }
             found.update((fmt, rows, parts[0].columns) for fmt in formats)
     return found
 
@@ -178,7 +179,7 @@ def model_shapes(model: ir.Model) -> Counter[Shape]:
     found: Counter[Shape] = Counter()
     for group in products(model):
         shape = (sum(unit.rows for unit in group), group[0].columns)
-        found.update((fmt, *shape) for fmt in FORMATS)
+        found.update((fmt, *shape) for fmt in set(map(representative, FORMATS.values())))
     return found
 
 
@@ -219,9 +220,7 @@ def call_seconds(target: Target) -> float:
         UsageError: this machine cannot run the target's kernels.
     """
     check_host(target)
-    kernel = cpu_norm.rms_norm(
-        cpu_norm.Runs(_NORM), 1e-6, cpu_norm.Simd(lanes=target.vector_bits // 32)
-    )
+    kernel = cpu_norm.rms_norm(cpu_norm.Runs(_NORM), 1e-6, cpu_norm.Simd())
     bb = relax.BlockBuilder()
     seq = tvm.tirx.Var("seq", "int64")  # as programs have it: sizes are checked in every call
     row = relax.TensorType((1, seq, _NORM), "float32")
@@ -234,16 +233,26 @@ def call_seconds(target: Target) -> float:
                 value = bb.emit(relax.call_tir(norm, [value, weight], row))
             value = bb.emit_output(value)
         bb.emit_func_output(value)
-    machine = relax.VirtualMachine(lower.compile_module(bb.finalize(), target), tvm.cpu())
+    machine = load(bb.finalize(), target)
     ones = [np.ones((1, 1, _NORM), np.float32), np.ones(_NORM, np.float32)]
     evaluator = machine.time_evaluator("main", tvm.cpu(), number=5, repeat=REPEATS)
     return float(min(evaluator(*map(tvm.runtime.tensor, ones)).results) / _CALLS)
 
 
+def load(module: Any, target: Target) -> Any:
+    """A Relax module, compiled and loaded on this machine."""
+    with tempfile.TemporaryDirectory(prefix="mxcompile-") as folder:
+        library = Path(folder) / "module.so"
+        lower.compile_module(module, target, library)
+        return relax.VirtualMachine(tvm.runtime.load_module(str(library)), tvm.cpu())
+
+
 def check_host(target: Target) -> None:
-    """Raise UsageError when this machine cannot run the target's kernels."""
-    if lacking := target.requires - host_features():
-        raise UsageError(f"this CPU lacks {', '.join(sorted(lacking))}, which {target.name} needs")
+    """Raise UsageError when this machine cannot run the target's kernels, or they have no knobs."""
+    if target.kernels != "cpu":
+        raise UsageError(f"the kernels of {target.name} have no knobs to tune")
+    if not target.runs_here:
+        raise UsageError(f"this machine cannot run the kernels of {target.name}: tune it elsewhere")
 
 
 def cases(shapes: Counter[Shape], threads: int) -> list[Case]:

@@ -25,7 +25,7 @@ import onnx.helper as oh
 import onnxruntime
 import tvm
 
-from mxcompile import lower, roofline, runtime, target, tune
+from mxcompile import roofline, runtime, target, tune
 from mxcompile.formats import FORMATS, GROUP
 from mxcompile.knobs import Choice, choose
 from mxcompile.records import Case, load, user_folder
@@ -67,8 +67,7 @@ def ours(case: Case, choice: Choice) -> System:
     copies = copies_of(size, case.batch)
     kernel_knobs = dict(choice.knobs(case.rows, case.columns)).get(case.format, Knobs())
     where = target.find("x86")
-    program = lower.compile_module(tune.program(case, kernel_knobs, where, copies), where)
-    machine = tvm.relax.VirtualMachine(program, tvm.cpu())
+    machine = tune.load(tune.program(case, kernel_knobs, where, copies), where)
     inputs = [tvm.runtime.tensor(array) for array in tune.inputs(case, copies)]
     return System(OURS, case, copies, size, lambda: machine["main"](*inputs))
 
@@ -271,7 +270,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     parser.add_argument("--json", action="store_true", help="print JSON rows")
     args = parser.parse_args()
-    by_bits = {str(fmt.bits): fmt.name for fmt in FORMATS.values()}
+    by_bits = {str(fmt.bits): name for name, fmt in FORMATS.items() if name == f"int{fmt.bits}"}
     records = load(args.log)
     rows: list[dict[str, Any]] = []
     for threads in map(int, args.threads.split(",")):

@@ -55,7 +55,7 @@ RECORD: Final = GROUP + 8
 """Bytes of a quantized group of an activation row: codes, scale, sum."""
 
 _ROW_BLOCK: Final = {
-    "avx512vnni": 8,
+    "avx512vnni": 6,
     "avxvnni": 4,
     "avx2": 4,
     "i8mm": 4,
@@ -78,18 +78,16 @@ def activation_bytes(columns: int, fmt: ActivationFormat) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Knobs:
-    """What a format's inner loops can be tuned by; results do not depend on it.
+    """What a layout's inner loops can be tuned by; results do not depend on it.
 
     Attributes:
-        row_block: Activation rows that share the unpacked codes; 0 takes what registers hold.
-        chains: Accumulators that one activation row's products are spread over, so that they need
-            not wait for each other; one for blocks of rows, where rows do not.
+        row_block: Activation rows that share the unpacked codes; 0 takes what registers hold. Where
+            tiles of all layouts are multiplied in pairs, the largest that any layout has.
         prefetch: How many bytes ahead one row's product asks for the weights that it streams in,
             which the hardware alone follows at half its speed; 0 leaves it to the hardware.
     """
 
     row_block: int = 0
-    chains: int = 2
     prefetch: int = 8192
 
 
@@ -97,14 +95,14 @@ class Knobs:
 class MatmulKernel:
     """The knobs of the kernels of one target; methods make the functions.
 
-    Every tile's format has a branch of its own in a function, so formats are tuned apart and share
+    Every tile's layout has a branch of its own in a function, so layouts are tuned apart and share
     one function for all shapes. A shape with other knobs takes another function, made of another
     ``MatmulKernel``: hundreds of kilobytes of code, worth it only where it was measured to be.
 
     Attributes:
         instructions: Multiply bytes; "generic" is portable arithmetic, for any target of LLVM.
-        formats: The formats that tiles can have; other tiles are skipped.
-        knobs: Pairs of a format and what is not the default for it.
+        formats: The formats that tiles can have; tiles of other layouts are skipped.
+        knobs: Pairs of a format and what is not the default for its layout.
         serial_groups: Work on fewer groups than that is not worth waking threads for.
         jobs: Shares that one row's work is cut in: a multiple of most numbers of threads.
         chunk: Activation rows that all tiles are multiplied with in turn: few enough to stay in a
@@ -119,17 +117,14 @@ class MatmulKernel:
     chunk: int = 128
 
     def knobs_of(self, fmt: Format) -> Knobs:
-        """A format's knobs, with the target's row block where none is set."""
-        found = dict(self.knobs).get(fmt.name, Knobs())
+        """The knobs of a format's layout, with the target's row block where none is set."""
+        known = {FORMATS[name].layout: knobs for name, knobs in self.knobs}
+        found = known.get(fmt.layout, Knobs())
         return replace(found, row_block=found.row_block or _ROW_BLOCK[self.instructions])
 
     def only(self, formats: tuple[str, ...]) -> "MatmulKernel":
         """The same kernels for fewer formats."""
         return replace(self, formats=formats)
-
-    def tuned(self, knobs: tuple[tuple[str, Knobs], ...]) -> "MatmulKernel":
-        """The same kernels with other knobs."""
-        return replace(self, knobs=knobs)
 
     def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
         """Rounds every group of 32 activations half to even to its absmax / top."""
@@ -166,7 +161,19 @@ class MatmulKernel:
             def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
                 self._quantized_block(tile, codes, fmt.digits, y, t, row, rows)
 
-            self._all_tiles(weight, m, q // (RECORD * fmt.digits), block, fmt.digits)
+            def sizes(*known: Format) -> list[int]:
+                rows = max(self.knobs_of(each).row_block for each in known)
+                return _sizes(max(1, rows // fmt.digits))
+
+            count = q // (RECORD * fmt.digits)
+            if self.instructions != "avx512vnni":
+                self._all_tiles(weight, m, count, sizes, block)
+                return
+            with T.If(m == 1):
+                with T.Then():
+                    self._one_row(weight, count, block)
+                with T.Else():
+                    self._pairs_of_tiles(weight, codes, y, count, sizes(*weight.known), fmt.digits)
 
         return build(emit)
 
@@ -181,7 +188,10 @@ class MatmulKernel:
             def block(tile: "_Tile", t: Expr, row: Expr, rows: int) -> None:
                 _f32_block(tile, x, y, t, row, rows)
 
-            self._all_tiles(weight, m, (k + GROUP - 1) // GROUP, block)
+            def sizes(*known: Format) -> list[int]:
+                return [self.knobs_of(known[0]).row_block, 1]
+
+            self._all_tiles(weight, m, (k + GROUP - 1) // GROUP, sizes, block)
 
         return build(emit)
 
@@ -198,7 +208,7 @@ class MatmulKernel:
                     T.max(T.min(load(ids, i, lanes=1), weight.tiles * ROW_TILE - 1), T.int64(0))
                 )
                 for tile in weight.formats(
-                    row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE
+                    self.instructions, row // ROW_TILE, (k + GROUP - 1) // GROUP, row % ROW_TILE
                 ):
                     _gather_row(tile, y, i)
 
@@ -207,52 +217,99 @@ class MatmulKernel:
         return build(emit)
 
     def _declare(self) -> "_Weight":
-        return _Weight.declare(self.instructions, [FORMATS[name] for name in self.formats])
+        layouts = {(fmt := FORMATS[name]).layout: fmt for name in self.formats}
+        return _Weight.declare(tuple(layouts.values()))
 
     def _all_tiles(
-        self, weight: "_Weight", m: Expr, count: Expr, block: "_Block", digits: int = 1
+        self, weight: "_Weight", m: Expr, count: Expr, sizes: "_Sizes", block: "_Block"
     ) -> None:
         """Run ``block`` for every tile and block of activation rows, on all threads.
 
-        Rows of several digits count as so many. The remainder's blocks have half of the rows, half
-        of those and so on. One row costs what its weights take to stream in: threads get equal
-        bytes, not equal tiles.
+        Blocks have as many rows as the first of the sizes, the remainder's as the others.
+        """
+        with T.If(m == 1):
+            with T.Then():
+                self._one_row(weight, count, block)
+            with T.Else(), self._chunks(m) as (first, length), T.parallel(0, weight.tiles) as t:
+                for tile in weight.formats(self.instructions, t, count):
+                    done: Expr = T.int64(0)
+                    for rows in sizes(tile.fmt):
+                        with T.serial(0, (length - done) // rows) as i:
+                            block(tile, t, first + done + i * rows, rows)
+                        done = hold(done + (length - done) // rows * rows)
+
+    def _one_row(self, weight: "_Weight", count: Expr, block: "_Block") -> None:
+        """Run ``block`` for every tile and one activation row.
+
+        It costs what the weights take to stream in: threads get equal bytes, not equal tiles.
         """
 
         def gemv(t: Expr) -> None:
-            for tile in weight.formats(t, count):
+            for tile in weight.formats(self.instructions, t, count):
                 block(tile, t, T.int64(0), 1)
 
-        with T.If(m == 1):
-            with T.Then(), T.If(weight.tiles * count < self.serial_groups):
-                with T.Then(), T.serial(0, weight.tiles) as t:
-                    gemv(t)
-                with (
-                    T.Else(),
-                    T.parallel(0, self.jobs) as job,
-                    T.serial(
-                        weight.first_tile(job, self.jobs), weight.first_tile(job + 1, self.jobs)
-                    ) as t,
-                ):
-                    gemv(t)
-            with T.Else(), T.serial(0, (m + self.chunk - 1) // self.chunk) as chunk:
-                first = hold(chunk * self.chunk)
-                length = hold(T.min(m - first, T.int64(self.chunk)))
-                with T.parallel(0, weight.tiles) as t:
-                    for tile in weight.formats(t, count):
-                        done: Expr = T.int64(0)
-                        largest = self.knobs_of(tile.fmt).row_block // digits
-                        for rows in (largest >> i for i in range(largest.bit_length())):
-                            with T.serial(0, (length - done) // rows) as i:
-                                block(tile, t, first + done + i * rows, rows)
-                            done = length // rows * rows
+        with T.If(weight.tiles * count < self.serial_groups):
+            with T.Then(), T.serial(0, weight.tiles) as t:
+                gemv(t)
+            with (
+                T.Else(),
+                T.parallel(0, self.jobs) as job,
+                T.serial(
+                    weight.first_tile(job, self.jobs), weight.first_tile(job + 1, self.jobs)
+                ) as t,
+            ):
+                gemv(t)
+
+    @contextmanager
+    def _chunks(self, m: Expr) -> Iterator[tuple[Expr, Expr]]:
+        """Loop over runs of activation rows: the first row and the number of rows of each."""
+        with T.serial(0, (m + self.chunk - 1) // self.chunk) as chunk:
+            first = hold(chunk * self.chunk)
+            yield first, hold(T.min(m - first, T.int64(self.chunk)))
+
+    def _pairs_of_tiles(
+        self,
+        weight: "_Weight",
+        codes: Any,
+        y: Any,
+        count: Expr,
+        sizes: Sequence[int],
+        digits: int,
+    ) -> None:
+        """Multiply many rows with two tiles at a time, of any formats, for AVX-512 VNNI.
+
+        A dot product that reads its activations as it goes is bound by these loads; here each word
+        of activations is loaded once for two tiles. Both are unpacked to bytes a block of groups at
+        a time, once for all rows of a chunk.
+        """
+        m, n = y.shape
+        with self._chunks(m) as (first, length), T.parallel(0, (weight.tiles + 1) // 2) as pair:
+            sums = scratch(self.chunk, 2, ROW_TILE)
+            block = _Unpacked.scratch()
+            with T.grid(length, 2) as (r, side):
+                store(sums, T.broadcast(T.float32(0), ROW_TILE), r, side, 0)
+            with T.serial(0, count // BLOCK + 1) as index:
+                for side in (0, 1):
+                    t = hold(T.min(pair * 2 + side, weight.tiles - 1))
+                    for tile in weight.formats(self.instructions, t, count):
+                        block.unpack(tile, index, side, self.knobs_of(tile.fmt).prefetch)
+                done: Expr = T.int64(0)
+                for rows in sizes:
+                    with T.serial(0, (length - done) // rows) as i:
+                        block.multiply(
+                            codes, first, hold(done + i * rows), index, count, rows, digits, sums
+                        )
+                    done = hold(done + (length - done) // rows * rows)
+            with T.grid(length, T.min(n - pair * 2 * ROW_TILE, 2 * ROW_TILE)) as (r, column):
+                value = load(sums, r, column // ROW_TILE, column % ROW_TILE, lanes=1)
+                store(y, value, first + r, pair * 2 * ROW_TILE + column)
 
     def _quantized_block(
         self, tile: "_Tile", codes: Any, digits: int, y: Any, t: Expr, row: Expr, rows: int
     ) -> None:
         sums = [_Register("float32x16", 0) for _ in range(rows)]
-        knobs = self.knobs_of(tile.fmt) if rows == 1 else Knobs(chains=1, prefetch=0)
-        with tile.groups(knobs.prefetch) as group:
+        ahead = self.knobs_of(tile.fmt).prefetch if rows == 1 else 0
+        with tile.groups(ahead) as group:
 
             def at_record(r: int) -> tuple[Expr, Expr]:
                 """Where the record of the ``r``-th pair of a row and a digit starts."""
@@ -265,13 +322,116 @@ class MatmulKernel:
                 dtype = "int32" if count == 1 else f"int32x{count}"
                 return T.reinterpret(dtype, load(codes, i, start + at, lanes=4 * count))
 
-            scales = hold(group.scales())
-            dots = _DOTS[self.instructions](group, rows * digits, word, knobs.chains)
+            zeros, scales = hold(group.zeros()), hold(group.scales())
+
+            def offset(r: int) -> Expr:
+                """What zero-points add to the ``r``-th dot product."""
+                i, start = at_record(r)
+                # The sum fits its low half, and LLVM multiplies 16 bits faster than 32.
+                low = load(codes, i, start + GROUP + 4, lanes=2)
+                return zeros * T.cast(T.int16(0) - T.reinterpret("int16", low), "int32")
+
+            dots = _DOTS[self.instructions](group, rows * digits, word, offset)
             for r, dot in enumerate(dots):
                 scale = T.reinterpret("float32", word(r, GROUP))
                 total = sums[r // digits]
                 total.set(total.get() + T.cast(dot, "float32x16") * scale * scales)
         _store_block(tile, y, t, row, sums)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unpacked:
+    """A block of groups of two tiles, as bytes: what a run of activation rows is multiplied with.
+
+    Attributes:
+        codes: uint8 [groups, quads, tiles, 64].
+        zeros: Negated zero-points in the low halves of words, int32 [groups, tiles, 16].
+        scales: Scales times row scales, which is exact: float32 [groups, tiles, 16].
+    """
+
+    codes: Any
+    zeros: Any
+    scales: Any
+
+    @classmethod
+    def scratch(cls) -> "_Unpacked":
+        """Room for a block."""
+        return cls(
+            scratch(BLOCK, QUADS, 2, VECTOR, dtype="uint8"),
+            scratch(BLOCK, 2, ROW_TILE, dtype="int32"),
+            scratch(BLOCK, 2, ROW_TILE),
+        )
+
+    def unpack(self, tile: "_Tile", index: Expr, side: int, ahead: int) -> None:
+        """Fill in a tile's block."""
+        row_scales = hold(tile.row_scales())
+        with tile.block(index, ahead) as (i, group):
+            for quad in range(QUADS):
+                store(self.codes, T.reinterpret("uint8x64", group.quad(quad)), i, quad, side, 0)
+            negative = (T.int32(0) - group.zeros()) & T.int32(0xFFFF)
+            store(self.zeros, negative, i, side, 0)
+            store(self.scales, group.scales() * row_scales, i, side, 0)
+
+    def multiply(
+        self,
+        codes: Any,
+        first: Expr,
+        row: Expr,
+        index: Expr,
+        count: Expr,
+        rows: int,
+        digits: int,
+        sums: Any,
+    ) -> None:
+        """Add the products with ``rows`` activation rows to ``sums``, from row ``row`` of it on."""
+        rest = hold(count % BLOCK)
+        start = hold(T.Select(index == 0, T.int64(0), (index - 1) * BLOCK + rest))
+        totals = [[_Register("float32x16") for _ in (0, 1)] for _ in range(rows)]
+        for r, total in enumerate(totals):
+            for side in (0, 1):
+                total[side].set(load(sums, row + r, side, 0, lanes=ROW_TILE))
+        with T.serial(0, T.Select(index == 0, rest, T.int64(BLOCK))) as i:
+
+            def word(r: int, at: int, dtype: str) -> Expr:
+                """A word of the ``r``-th pair of a row and a digit, in all lanes."""
+                run = r % digits * (codes.shape[1] // digits)
+                at_word = run + (start + i) * RECORD + at
+                value = load(codes, first + row + r // digits, at_word, lanes=4)
+                return T.reinterpret(dtype, hold(T.broadcast(T.reinterpret("int32", value), 16)))
+
+            def vnni(name: str, dtype: str, *operands: Expr) -> Expr:
+                return T.call_llvm_pure_intrin(dtype, f"llvm.x86.avx512.{name}.512", *operands)
+
+            zeros, scales = (
+                [hold(load(part, i, side, 0, lanes=ROW_TILE)) for side in (0, 1)]
+                for part in (self.zeros, self.scales)
+            )
+            dots = [[_Register("int32x16") for _ in (0, 1)] for _ in range(rows * digits)]
+            for r, dot in enumerate(dots):
+                # A sum fits the low half of its word; the high half, its sign, meets a 0.
+                x_sum = word(r, GROUP + 4, "int16x32")
+                for side in (0, 1):
+                    negative = T.reinterpret("int16x32", zeros[side])
+                    dot[side].set(vnni("pmaddw.d", "int32x16", negative, x_sum))
+            for quad in range(QUADS):
+                both = [hold(load(self.codes, i, quad, side, 0, lanes=VECTOR)) for side in (0, 1)]
+                for r, dot in enumerate(dots):
+                    x = word(r, 4 * quad, "int8x64")
+                    for side in (0, 1):
+                        dot[side].set(vnni("vpdpbusd", "int32x16", dot[side].get(), both[side], x))
+            for r, dot in enumerate(dots):
+                scale = word(r, GROUP, "float32x16")
+                for side, y_sum in enumerate(totals[r // digits]):
+                    value = T.cast(dot[side].get(), "float32x16") * scale
+                    y_sum.set(y_sum.get() + value * scales[side])
+        for r, total in enumerate(totals):
+            for side in (0, 1):
+                store(sums, total[side].get(), row + r, side, 0)
+
+
+def _sizes(largest: int) -> list[int]:
+    """Rows of blocks: the largest, and powers of 2 for what is left over."""
+    return [largest, *(1 << i for i in reversed(range((largest - 1).bit_length())))]
 
 
 def _f32_block(tile: "_Tile", x: Any, y: Any, t: Expr, row: Expr, rows: int) -> None:
@@ -366,6 +526,9 @@ def _reduce(operation: str, vector: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.{operation}", vector)
 
 
+_Sizes = Callable[[Format], Sequence[int]]
+"""The rows of the blocks that activations are cut in for a format, the largest first."""
+
 _Block = Callable[["_Tile", Expr, Expr, int], None]
 """Emits a tile's product with some activation rows: tile, its index, first row, rows."""
 
@@ -376,46 +539,33 @@ class _Word(Protocol):
     def __call__(self, r: int, at: int | Expr, count: int = 1) -> Expr: ...
 
 
-def _offsets(group: "_Group", rows: int, word: _Word) -> list[Expr]:
-    """What the zero-points of a group add to the dot product with each activation row."""
-    zeros = hold(group.zeros())
-    # A row's sum fits its low half, and LLVM multiplies 16 bits faster than 32.
-    lows = [T.cast(word(r, GROUP + 4), "int16") for r in range(rows)]
-    return [zeros * T.cast(T.int16(0) - low, "int32") for low in lows]
+_Offset = Callable[[int], Expr]
+"""What the zero-points of a group add to the dot product with an activation row."""
 
 
-def _dots_vnni(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
-    def dot(name: str, total: Expr, left: Expr, right: Expr) -> Expr:
-        return T.call_llvm_pure_intrin(
-            "int32x16", f"llvm.x86.avx512.{name}.512", total, left, right
-        )
-
-    def spread_word(r: int, at: int, dtype: str) -> Expr:
-        return T.reinterpret(dtype, T.broadcast(word(r, at), ROW_TILE))
-
+def _dots_vnni(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
+    # A row's dot products wait for each other; many rows fill the pipeline, one takes two sums.
+    chains = 2 if rows == 1 else 1
     dots = [[_Register("int32x16", 0) for _ in range(chains)] for _ in range(rows)]
-    # A row's sum fits the low half of its word; the high half, its sign, meets a 0.
-    negative = hold((T.int32(0) - group.zeros()) & T.int32(0xFFFF))
-    negative = T.reinterpret("int16x32", negative)
     for r, (first, *_) in enumerate(dots):
-        first.set(dot("vpdpwssd", first.get(), negative, spread_word(r, GROUP + 4, "int16x32")))
+        first.set(offset(r))
     for quad in range(QUADS):
         codes = T.reinterpret("uint8x64", hold(group.quad(quad)))
-        for r, chain in enumerate(dots):
-            total = chain[(quad + 1) % chains]
-            total.set(dot("vpdpbusd", total.get(), codes, spread_word(r, 4 * quad, "int8x64")))
-    return [functools.reduce(operator.add, (part.get() for part in chain)) for chain in dots]
+        for r, sums in enumerate(dots):
+            dot = sums[(quad + 1) % chains]
+            x = T.reinterpret("int8x64", T.broadcast(word(r, 4 * quad), ROW_TILE))
+            name = "llvm.x86.avx512.vpdpbusd.512"
+            dot.set(T.call_llvm_pure_intrin("int32x16", name, dot.get(), codes, x))
+    return [functools.reduce(operator.add, (dot.get() for dot in sums)) for sums in dots]
 
 
-def _dots_avx2(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
+def _dots_avx2(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
     """Sums pairs of products in int16, and those of several quads before they are widened.
 
     A pair is at most ``2 * 127 * top`` for codes up to ``top``. At 4 bits and less the 8 quads of a
     group fit, as ``8 * 2 * 127 * 15 = 30480``; at 5 bits 4 quads and at 6 bits 2. At 8 bits not
     even one pair does: high and low nibbles are summed apart, and widening weighs them.
     """
-    del chains  # a format's int16 sums are chains already
-    offsets = _offsets(group, rows, word)
     fmt = group.tile.fmt
     nibbles = [(0, 1), (4, 16)] if fmt.value_bits == 8 else [(0, 1)]
     top = 15 if fmt.value_bits == 8 else fmt.top << group.tile.shift
@@ -438,7 +588,7 @@ def _dots_avx2(group: "_Group", rows: int, word: _Word, chains: int) -> list[Exp
                         pairs = T.call_llvm_pure_intrin("int16x32", name, total.get(), pairs)
                     total.set(pairs)
         for r, by_nibble in enumerate(sums):
-            value = dots[r].get() if first else offsets[r]
+            value = dots[r].get() if first else offset(r)
             for total, (_, weight) in zip(by_nibble, nibbles, strict=True):
                 weights = T.broadcast(T.int16(weight), 2 * ROW_TILE)
                 value = value + _by_halves("pmadd.wd", "int32", total.get(), weights)
@@ -463,12 +613,10 @@ def _by_halves(name: str, dtype: str, *operands: Expr, shrink: int = 2) -> Expr:
     return T.Shuffle(results, list(range(2 * lanes)))
 
 
-def _dots_avxvnni(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
-    del chains  # a group is too short for several
-    offsets = _offsets(group, rows, word)
+def _dots_avxvnni(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
     dots = [_Register("int32x16") for _ in range(rows)]
     for r, dot in enumerate(dots):
-        dot.set(offsets[r])
+        dot.set(offset(r))
     for quad in range(QUADS):
         codes = T.reinterpret("uint8x64", hold(group.quad(quad)))
         for r, dot in enumerate(dots):
@@ -478,13 +626,11 @@ def _dots_avxvnni(group: "_Group", rows: int, word: _Word, chains: int) -> list[
     return [dot.get() for dot in dots]
 
 
-def _dots_dotprod(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
+def _dots_dotprod(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
     """Signed products, each with one of the 4 quads of activations that a register holds."""
-    del chains  # a group is too short for several
-    offsets = _signed_offsets(group, rows, word)
     dots = [_Register("int32x16") for _ in range(rows)]
     for r, dot in enumerate(dots):
-        dot.set(offsets[r])
+        dot.set(_signed_offset(group, word, offset, r))
     for half in range(0, QUADS, 4):
         x = [hold(word(r, 4 * half, 4)) for r in range(rows)]
         for i in range(4):
@@ -494,16 +640,14 @@ def _dots_dotprod(group: "_Group", rows: int, word: _Word, chains: int) -> list[
     return [dot.get() for dot in dots]
 
 
-def _dots_i8mm(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
+def _dots_i8mm(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
     """Two activation rows at once: products of 2 x 8 codes with 8 x 2 activations.
 
     An odd row is its own partner.
     """
-    del chains  # a group is too short for several
-    offsets = _offsets(group, rows, word)
     dots = [_Register("int32x16") for _ in range(rows)]
     if rows == 1:
-        dots[0].set(offsets[0])
+        dots[0].set(offset(0))
         for half in range(0, QUADS, 4):
             x = hold(word(0, 4 * half, 4))
             for i in range(4):
@@ -531,18 +675,16 @@ def _dots_i8mm(group: "_Group", rows: int, word: _Word, chains: int) -> list[Exp
                 pair.set(_join([_call("aarch64.neon.usmmla", "int32x4", *s, both) for s in sums]))
     for r, dot in enumerate(dots):
         own = T.Shuffle([pairs[r // 2].get()], list(range(r % 2, 2 * ROW_TILE, 2)))
-        dot.set(own + offsets[r])
+        dot.set(own + offset(r))
     return [dot.get() for dot in dots]
 
 
-def _dots_neon(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
+def _dots_neon(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
     """Sums products of several quads in int16, then pairs of those in int32.
 
     Activations run from -128, as low digits do. Codes up to 31 let all 8 quads of a group fit, as
     ``8 * 128 * 31 = 31744``; at 6 bits 4 quads do, and at 8 bits, where codes run from -128, one.
     """
-    del chains  # a group is too short for several
-    offsets = _signed_offsets(group, rows, word)
     fmt = group.tile.fmt
     top = 128 if fmt.value_bits == 8 else fmt.top << group.tile.shift
     step = min(QUADS, 32767 // (128 * top))
@@ -561,7 +703,9 @@ def _dots_neon(group: "_Group", rows: int, word: _Word, chains: int) -> list[Exp
             pair.set(pair.get() + _join(added))
     even, odd = (list(range(i, 2 * ROW_TILE, 2)) for i in (0, 1))
     return [
-        T.Shuffle([pair.get()], even) + T.Shuffle([pair.get()], odd) + offsets[r]
+        T.Shuffle([pair.get()], even)
+        + T.Shuffle([pair.get()], odd)
+        + _signed_offset(group, word, offset, r)
         for r, pair in enumerate(pairs)
     ]
 
@@ -579,13 +723,11 @@ def _signed_quad(group: "_Group", quad: int) -> Expr:
     return group.quad(quad, _unpack_bytes, flip)
 
 
-def _signed_offsets(group: "_Group", rows: int, word: _Word) -> list[Expr]:
-    """The rows' offsets for the codes of ``_signed_quad``: 128 times the sum comes back."""
-    offsets = _offsets(group, rows, word)
+def _signed_offset(group: "_Group", word: _Word, offset: _Offset, r: int) -> Expr:
+    """The offset of row ``r`` for the codes of ``_signed_quad``: 128 times the sum comes back."""
     if group.tile.fmt.value_bits < 8:
-        return offsets
-    sums = (T.broadcast(word(r, GROUP + 4) << 7, ROW_TILE) for r in range(rows))
-    return [offset + added for offset, added in zip(offsets, sums, strict=True)]
+        return offset(r)
+    return offset(r) + T.broadcast(word(r, GROUP + 4) << 7, ROW_TILE)
 
 
 def _parts(vector: Expr, count: int) -> list[Expr]:
@@ -603,12 +745,10 @@ def _call(name: str, dtype: str, *operands: Expr) -> Expr:
     return T.call_llvm_pure_intrin(dtype, f"llvm.{name}", *operands)
 
 
-def _dots_generic(group: "_Group", rows: int, word: _Word, chains: int) -> list[Expr]:
-    del chains  # LLVM is free to make its own
-    offsets = _offsets(group, rows, word)
+def _dots_generic(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list[Expr]:
     dots = [_Register("int32x16") for _ in range(rows)]
     for r, dot in enumerate(dots):
-        dot.set(offsets[r])
+        dot.set(offset(r))
     with T.serial(0, QUADS) as quad:
         codes = hold(group.quad(quad))
         for i in range(4):
@@ -618,7 +758,7 @@ def _dots_generic(group: "_Group", rows: int, word: _Word, chains: int) -> list[
     return [dot.get() for dot in dots]
 
 
-_DOTS: Final[dict[str, Callable[["_Group", int, _Word, int], list[Expr]]]] = {
+_DOTS: Final[dict[str, Callable[["_Group", int, _Word, _Offset], list[Expr]]]] = {
     "avx512vnni": _dots_vnni,
     "avxvnni": _dots_avxvnni,
     "avx2": _dots_avx2,
@@ -627,7 +767,7 @@ _DOTS: Final[dict[str, Callable[["_Group", int, _Word, int], list[Expr]]]] = {
     "neon": _dots_neon,
     "generic": _dots_generic,
 }
-"""Dot products of a group's codes less zero-points with some activation rows, a few chains each."""
+"""Dot products of a group's codes with those of some activation rows, plus the rows' offsets."""
 
 
 class _Register:
@@ -653,15 +793,13 @@ class _Weight:
 
     data: Any
     table: Any
-    instructions: Instructions
-    known: Sequence[Format]
+    known: tuple[Format, ...]
 
     @classmethod
-    def declare(cls, instructions: Instructions, known: Sequence[Format]) -> "_Weight":
-        """Declares them as the next parameters."""
+    def declare(cls, known: tuple[Format, ...]) -> "_Weight":
+        """Declares them as the next parameters; ``known`` has a format of every layout."""
         size, tiles = symbol("size"), symbol("tiles")
-        data, table = param("W", (size,), "uint8"), param("table", (tiles, 3), "int32")
-        return cls(data, table, instructions, known)
+        return cls(param("W", (size,), "uint8"), param("table", (tiles, 3), "int32"), known)
 
     @property
     def tiles(self) -> Expr:
@@ -686,15 +824,17 @@ class _Weight:
             store(t, now + 1, 0)
         return hold(now)
 
-    def formats(self, t: Expr, count: Expr, row: Expr | None = None) -> Iterator["_Tile"]:
+    def formats(
+        self, instructions: Instructions, t: Expr, count: Expr, row: Expr | None = None
+    ) -> Iterator["_Tile"]:
         """Tile ``t`` of ``count`` groups once for every layout, each time inside its branch."""
         layout = hold(load(self.table, t, 0, lanes=1))
         base, entries = (
             hold(T.cast(load(self.table, t, i, lanes=1), "int64") * VECTOR) for i in (1, 2)
         )
-        for fmt in {fmt.layout: fmt for fmt in self.known}.values():
+        for fmt in self.known:
             with _when(layout == fmt.layout):
-                yield _Tile(self.data, base, count, fmt, row, _Codebook(self.instructions, entries))
+                yield _Tile(self.data, base, count, fmt, row, _Codebook(instructions, entries))
 
 
 @dataclass(frozen=True, slots=True)
@@ -714,23 +854,28 @@ class _Tile:
 
         Asks for what lies ``ahead`` bytes farther on, if not 0, as each group is reached.
         """
+        with T.serial(0, self.count // BLOCK + 1) as index, self.block(index, ahead) as (_, group):
+            yield group
+
+    @contextmanager
+    def block(self, index: Expr, ahead: int = 0) -> Iterator[tuple[Expr, "_Group"]]:
+        """Loop over the groups of one block, with their places in it."""
         size, header = self.fmt.bits * VECTOR, BLOCK * SIDE
         rest = hold(self.count % BLOCK)
         first = hold((rest * SIDE + 2 * ROW_TILE + VECTOR - 1) // VECTOR * VECTOR)
-        with T.serial(0, self.count // BLOCK + 1) as block:
-            at_rest = block == 0
-            done = hold(T.Select(at_rest, T.int64(0), (block - 1) * BLOCK + rest))
-            skip = T.Select(at_rest, T.int64(0), first + (block - 1) * header)
-            start = hold(self.base + done * size + skip)
-            length = hold(T.Select(at_rest, rest, T.int64(BLOCK)))
-            codes = hold(start + T.Select(at_rest, first, T.int64(header)))
+        at_rest = index == 0
+        done = hold(T.Select(at_rest, T.int64(0), (index - 1) * BLOCK + rest))
+        skip = T.Select(at_rest, T.int64(0), first + (index - 1) * header)
+        start = hold(self.base + done * size + skip)
+        length = hold(T.Select(at_rest, rest, T.int64(BLOCK)))
+        codes = hold(start + T.Select(at_rest, first, T.int64(header)))
+        if ahead:
+            self._prefetch(start + ahead, header // VECTOR)
+        with T.serial(0, length) as i:
             if ahead:
-                self._prefetch(start + ahead, header // VECTOR)
-            with T.serial(0, length) as i:
-                if ahead:
-                    self._prefetch(codes + i * size + ahead, self.fmt.bits)
-                zeros = start + length * ROW_TILE + i * (ROW_TILE // 2)
-                yield _Group(self, done + i, start + i * ROW_TILE, zeros, codes + i * size)
+                self._prefetch(codes + i * size + ahead, self.fmt.bits)
+            zeros = start + length * ROW_TILE + i * (ROW_TILE // 2)
+            yield i, _Group(self, done + i, start + i * ROW_TILE, zeros, codes + i * size)
 
     def _prefetch(self, start: Expr, vectors: int) -> None:
         for vector in range(vectors):

@@ -94,10 +94,6 @@ class CudaMatmul:
         """The same kernels for fewer formats."""
         return replace(self, formats=formats)
 
-    def tuned(self, knobs: object) -> "CudaMatmul":
-        """The same kernels: records are of CPUs' knobs."""
-        return self
-
     def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
         """Rounds every group of 32 activations half to even to its absmax / top."""
 

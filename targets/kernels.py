@@ -24,7 +24,7 @@ from mxcompile.targets import (
     cuda_schedule,
 )
 from mxcompile.targets.cpu_attention import Attention, Mask
-from mxcompile.targets.cpu_matmul import Instructions, Knobs, MatmulKernel
+from mxcompile.targets.cpu_matmul import Instructions, MatmulKernel
 from mxcompile.targets.cpu_norm import Columns, Runs, Simd
 from mxcompile.targets.cuda_attention import CudaAttention
 from mxcompile.targets.cuda_matmul import CudaMatmul
@@ -36,9 +36,6 @@ class MatmulTemplates(Protocol):
 
     def only(self, formats: tuple[str, ...]) -> "MatmulTemplates":
         """Take the formats that tiles have, so that no code is made for others."""
-
-    def tuned(self, knobs: tuple[tuple[str, Knobs], ...]) -> "MatmulTemplates":
-        """Take what tuning records say, where there is something to tune."""
 
     def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
         """Make ``(X, Q)``."""

@@ -1,6 +1,7 @@
 """Comparing strategies on models by hand, from the command line to the page."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from mxcompile import cli, compare, simulate
-from mxcompile.compiler import Job, price_model
+from mxcompile.compiler import Job, plan_model, price_model
 from mxcompile.errors import BudgetError, UsageError
 from mxcompile.progress import Progress
 from mxcompile.simulate import SimulatedSource
+from mxcompile.strategies import STRATEGIES
 from tests import toy
 from tests.test_calibrate import LANGUAGE_MODEL, LINEAR, VOCABULARY, WIDTH, build, random
 
@@ -157,6 +159,20 @@ def test_refusals(decoder: Path, tmp_path: Path) -> None:
         run("5bit", "1bit")
     with pytest.raises(UsageError, match="none cannot be read as text"):
         run("5bit", text="none")
+
+
+def test_a_plan_by_another_strategy(decoder: Path) -> None:
+    asked = replace(job(decoder, "5bit"), strategy="modelopt")
+    priced = price_model(asked, Progress())
+    plan = plan_model(asked, Progress())
+    limit = compare._limit("5bit", priced)
+    expected = STRATEGIES["modelopt"](priced.evidence(Progress()), limit)
+    assert plan.tiles == expected.tiles
+    assert plan.tiles != plan_model(job(decoder, "5bit"), Progress()).tiles
+    with pytest.raises(UsageError, match="--strategy modelopt takes a size and neither --format"):
+        plan_model(replace(asked, budgets=("kld<=1",)), Progress())
+    with pytest.raises(UsageError, match="no strategy 'best'"):
+        plan_model(replace(asked, strategy="best"), Progress())
 
 
 def test_cosines_are_of_means() -> None:

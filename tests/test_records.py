@@ -24,7 +24,7 @@ def known(*found: Record) -> Records:
 
 
 def test_a_line_reads_back() -> None:
-    original = record(12.5, (("chains", 1), ("prefetch", 0)))
+    original = record(12.5, (("prefetch", 0), ("row_block", 4)))
     assert Record.parse(original.to_line()) == original
 
 

@@ -119,10 +119,11 @@ def test_a_rate_follows_from_the_description() -> None:
     where = target.find("raspberry-pi-4")
     speed = where.speed
     light = Latency.described(where, 10**6, {})
-    assert light.rate(10**9) == pytest.approx(
-        1 / (1e9 / speed.bytes_per_second + speed.step_seconds)
-    )
-    assert light.limit(light.rate(10**9)) == pytest.approx(10**9)
+    spent = round(1e18 / speed.bytes_per_second)  # nanoseconds, for 10**9 bytes
+    rate = 1 / (1e9 / speed.bytes_per_second + speed.step_seconds)
+    assert light.rate(spent) == pytest.approx(rate)
+    assert light.rate(0, 10**9) == pytest.approx(rate)
+    assert light.limit(rate) == pytest.approx(spent)
     heavy = Latency.described(where, 10**12, {})
     slowest = 1 / (1e12 / speed.macs_per_second + speed.step_seconds)
     assert heavy.rate(1) == pytest.approx(slowest)

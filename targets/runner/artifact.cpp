@@ -166,6 +166,7 @@ std::shared_ptr<Mapping> open_file(const Artifact& artifact, const std::string& 
     if (sha256(bytes) != record.at("sha256").string()) {
         fail(path + " was changed: its sha256 is not the one in " + kManifest);
     }
+    mapping->rest();
     return mapping;
 }
 

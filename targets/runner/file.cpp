@@ -44,6 +44,10 @@ Mapping::~Mapping() {
     if (data_ != nullptr) munmap(data_, size_);
 }
 
+void Mapping::rest() const {
+    if (data_ != nullptr) madvise(data_, size_, MADV_DONTNEED);
+}
+
 void write_file(const std::string& path, std::string_view content) {
     const size_t slash = path.rfind('/');
     const size_t name = slash == std::string::npos ? 0 : slash + 1;

@@ -16,6 +16,9 @@ public:
     Mapping(const Mapping&) = delete;
     Mapping& operator=(const Mapping&) = delete;
 
+    // Lets go of the memory until it is read again.
+    void rest() const;
+
     std::string_view bytes() const { return {static_cast<const char*>(data_), size_}; }
 
 private:

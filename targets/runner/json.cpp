@@ -190,6 +190,10 @@ Document::Document(std::string text, std::string name)
     : text_(std::move(text)), name_(std::move(name)) {
     if (text_.size() >= std::numeric_limits<uint32_t>::max()) fail(name_ + " is too large");
     if (!is_utf8(text_)) fail(name_ + " is not JSON: not UTF-8");
+    // Each value follows one of these; growing instead would take twice the memory at the end.
+    nodes_.reserve(1 + static_cast<size_t>(std::count_if(text_.begin(), text_.end(), [](char c) {
+        return c == ',' || c == ':' || c == '[' || c == '{';
+    })));
     Parser(*this).run();
 }
 

@@ -61,6 +61,7 @@ mx::Tokenizer& tokenizer_of(mx_model& model) {
                          " has no tokenizer.json: it cannot be run on text");
             }
             text = found->second->bytes();
+            found->second->rest();
         } else {
             text = mx::Mapping(model.tokenizer_path, true).bytes();
         }
