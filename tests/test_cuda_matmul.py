@@ -18,17 +18,20 @@ from tests.test_cpu_matmul import CHECKS, MIX, Library, Weight, activations, par
 
 
 @cache
-def compiled(reading: Reading) -> Library:
+def built(reading: Reading, name: str) -> Any:
+    """A kernel by its name in ``test_cpu_matmul``; on its own, as it takes seconds."""
     kernel = reading.matmul
-    made = {"matmul_f32": kernel.matmul_f32(), "gather_rows": kernel.gather_rows()}
-    for fmt in ACTIVATION_FORMATS.values():
-        made[f"quantize_{fmt}"] = kernel.quantize_activation(fmt)
-        made[f"matmul_{fmt}"] = kernel.matmul_quantized(fmt)
-    module = reading.build(made)
+    kind, _, fmt = name.partition("_")
+    if fmt in ACTIVATION_FORMATS:
+        make = kernel.quantize_activation if kind == "quantize" else kernel.matmul_quantized
+        return reading.build({name: make(ACTIVATION_FORMATS[fmt])})[name]
+    return reading.build({name: getattr(kernel, name)()})[name]
 
+
+def compiled(reading: Reading) -> Library:
     def call(name: str, *arrays: Any) -> Any:
         tensors = [reading.tensor(x) for x in arrays]
-        module[name](*tensors)
+        built(reading, name)(*tensors)
         return tensors[-1].numpy()
 
     return Library(call)
