@@ -18,6 +18,7 @@ from mxcompile import (
     graph,
     knobs,
     lower,
+    memory,
     passes,
     price,
     records,
@@ -152,6 +153,7 @@ def _build(job: Job, where: target.Target, planned: Planned, progress: Progress)
         fused = _run(job, passes.FUSE, quantized, ctx)
         lowered = lower.lower(fused, ctx, _knobs(job, where, progress))
     del quantized, fused
+    memory.release()
     with tempfile.TemporaryDirectory(prefix="mxcompile-") as scratch:
         code = Path(scratch) / artifacts.CODE
         with progress.stage("build"):
@@ -402,6 +404,7 @@ def _observed(
 ) -> tuple[ir.Model, Statistics]:
     """The model with its vocabulary sorted, and what it does on the samples."""
     statistics = _statistics(job, model, samples, kept, progress)
+    memory.release()
     ordered = _run(job, passes.SORT, model, Context(where, statistics=statistics))
     for unit, order in sort_vocabulary.orders(ordered).items():
         statistics = statistics.sorted(unit, order)

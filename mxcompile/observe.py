@@ -35,8 +35,8 @@ FULL_COLUMNS: Final = 2048
 PATCHES: Final = 1 << 13
 """The most patches of a sample that a convolution's second moment is taken over."""
 
-LOGIT_ROWS: Final = 128
-"""Positions whose logits are computed together: 128 rows of 262,144 are 134 MB."""
+LOGIT_ROWS: Final = 32
+"""Positions whose logits are computed together: 32 rows of 262,144 are 34 MB, several times over."""
 
 HEAD_STRIDE: Final = 4
 """Of a text's positions every so many is given a label: a large vocabulary is most of the work."""
@@ -159,8 +159,11 @@ class _Sample:
             self._add_layers(values, slopes)
             self._add_rounding(values, slopes)
             self._add_embeddings({**found, **values}, slopes)
-            if self.watched.head is not None:
-                self._add_head(self.watched.head, values)
+            if (head := self.watched.head) is not None:
+                hidden = values[source(head)].detach().flatten(0, -2)
+                # The pass behind it is as large as what follows.
+                del values, slopes, leaves, found
+                self._add_head(head, hidden)
         return self.sums
 
     def _slopes(self, values: Values) -> dict[Use, Tensor]:
@@ -256,8 +259,7 @@ class _Sample:
                 if (slope := slopes.get(use)) is not None:
                     self._add(f"slopes {product(use)}", slope.square().sum(0))
 
-    def _add_head(self, head: Use, values: Values) -> None:
-        hidden = values[source(head)].flatten(0, -2)
+    def _add_head(self, head: Use, hidden: Tensor) -> None:
         for part in torch.split(hidden[self._labelled(len(hidden))], LOGIT_ROWS):
             fisher = self._fisher(head, part)
             self._add(f"rows {product(head)}", fisher.sum(0))
