@@ -404,14 +404,18 @@ int main(int argc, char** argv) {
             return std::printf("mxrun for TVM %s\n", MXRUN_TVM_VERSION) < 0;
         }
     }
+    int code = 0;
     try {
         run(parse(argc, argv));
-        return 0;
     } catch (const mx::Error& error) {
-        return complain(static_cast<int>(error.code), error.what());
+        code = complain(static_cast<int>(error.code), error.what());
     } catch (const std::bad_alloc&) {
-        return complain(static_cast<int>(mx::Exit::kUsage), "out of memory");
+        code = complain(static_cast<int>(mx::Exit::kUsage), "out of memory");
     } catch (const std::exception& error) {
-        return complain(static_cast<int>(mx::Exit::kBug), error.what());
+        code = complain(static_cast<int>(mx::Exit::kBug), error.what());
     }
+    // TVM's idle workers look for work 300,000 times before they see that the process ends: 0.1 s,
+    // or minutes on a busy machine. Nobody waits for them.
+    std::fflush(stdout);
+    std::_Exit(code);
 }
