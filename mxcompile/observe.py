@@ -36,7 +36,7 @@ PATCHES: Final = 1 << 13
 """The most patches of a sample that a convolution's second moment is taken over."""
 
 LOGIT_ROWS: Final = 32
-"""Positions whose logits are computed together: 32 rows of 262,144 are 34 MB, several times over."""
+"""Positions whose logits are computed together: 32 rows of 262,144 are 34 MB, many times over."""
 
 HEAD_STRIDE: Final = 4
 """Of a text's positions every so many is given a label: a large vocabulary is most of the work."""

@@ -20,7 +20,7 @@ from mxcompile import artifact, cli, deploy
 from mxcompile.errors import ArtifactError, UsageError
 from tests import conftest, toy
 
-WHEELS = Path(__file__).parent.parent / "build" / "wheels"
+WHEELS = Path(__file__).parent.parent / "build" / "aarch64" / "wheels"
 """Where TVM's wheels for ARM may lie; see the README for how they get there."""
 
 VERSIONS = {name: metadata.version(package) for name, (package, _) in deploy.LIBRARIES.items()}
@@ -199,7 +199,7 @@ def test_the_verb(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_an_emulated_arm_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
     lacking = [name for name in (compiler, emulator) if shutil.which(name) is None]
-    lacking += [] if list(WHEELS.glob("*aarch64.whl")) else [str(WHEELS)]
+    lacking += [] if list(WHEELS.glob("*aarch64.whl")) else [f"{WHEELS}: see make arm"]
     if lacking:
         pytest.skip(f"no emulated ARM machine without {', '.join(lacking)}")
 
