@@ -70,8 +70,8 @@ def random(*shape: int, seed: int, scale: float = 1.0) -> np.ndarray:
     return (scale * rng.standard_normal(shape)).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def language_model() -> ir.Model:
+def tied_language_model() -> ir.Model:
+    """A gated layer between an embedding and the head that shares its table."""
     return build(
         LANGUAGE_MODEL + LINEAR,
         embedding=random(VOCABULARY, WIDTH, seed=0),
@@ -81,6 +81,11 @@ def language_model() -> ir.Model:
         norm=np.ones(WIDTH, np.float32),
         scale=np.array(0.5, np.float32),
     )
+
+
+@pytest.fixture(scope="module")
+def language_model() -> ir.Model:
+    return tied_language_model()
 
 
 @pytest.fixture(scope="module")

@@ -23,33 +23,20 @@ from mxcompile.quantize import dequantize_tiles
 from mxcompile.samples import token_feeds
 from mxcompile.strategies import STRATEGIES
 from tests.test_calibrate import (
-    LANGUAGE_MODEL,
-    LINEAR,
     VOCABULARY,
-    WIDTH,
-    build,
     by_hand,
     divergence,
-    random,
+    tied_language_model,
     weights_of,
 )
 
 pytestmark = pytest.mark.filterwarnings("error:.*not writable")
 ALL = tuple(FORMATS[f"int{bits}"] for bits in (2, 3, 4, 5, 6, 8))
-INNER = 64
 
 
 @pytest.fixture(scope="module")
 def model() -> ir.Model:
-    return build(
-        LANGUAGE_MODEL + LINEAR,
-        embedding=random(VOCABULARY, WIDTH, seed=0),
-        gate=random(INNER, WIDTH, seed=1, scale=0.3),
-        up=random(INNER, WIDTH, seed=2, scale=0.3),
-        down=random(WIDTH, INNER, seed=3, scale=0.3),
-        norm=np.ones(WIDTH, np.float32),
-        scale=np.array(0.5, np.float32),
-    )
+    return tied_language_model()
 
 
 @pytest.fixture(scope="module")
