@@ -19,7 +19,7 @@ $(READY): constraints.txt pyproject.toml
 	@echo "== setting up $(VENV): a few minutes, about 2 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[export,test]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[export,rpc,test]'
 	touch $@
 
 demo: $(READY)

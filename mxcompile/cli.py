@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
@@ -19,6 +20,7 @@ from mxcompile.files import whole
 
 if TYPE_CHECKING:  # what a verb needs is imported when it runs: --help must be quick
     from mxcompile.compiler import Job
+    from mxcompile.remote import Tracker
     from mxcompile.runtime import Program
     from mxcompile.target import Target
 
@@ -220,6 +222,11 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--resume", action="store_true", help="the same as --cache MODEL.cache, beside the model"
     )
+    verb.add_argument(
+        "--hardware",
+        metavar="ID",
+        help="use the tuning records of this machine, as `mxcompile tune --rpc` calls it",
+    )
     _add_log(verb)
 
 
@@ -283,6 +290,7 @@ def _job(args: argparse.Namespace) -> "Job":
         verify=args.verify if compiling else "quick",
         strategy=getattr(args, "strategy", "ours"),
         log=args.log,
+        hardware=args.hardware,
         shapes=tuple(args.shape or ()),
         output=(compiling and args.output) or Path(args.model.with_suffix(".mxc").name),
         force=compiling and args.force,
@@ -461,6 +469,24 @@ def _add_tune(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--export", type=Path, metavar="FILE", help="write all records to a file")
     _add_log(verb)
+    _add_rpc(verb)
+
+
+def _add_rpc(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--rpc", metavar="HOST:PORT", help="measure on devices that a tracker of TVM's RPC lists"
+    )
+    verb.add_argument("--key", metavar="KEY", help="the key that the devices go by")
+
+
+def _tracker(args: argparse.Namespace) -> "Tracker | None":
+    if (args.rpc is None) != (args.key is None):
+        raise UsageError("--rpc and --key go together")
+    if args.rpc is None:
+        return None
+    from mxcompile.remote import Tracker
+
+    return Tracker.parse(args.rpc, args.key)
 
 
 def _seconds(text: str) -> float:
@@ -486,7 +512,9 @@ def _tune(args: argparse.Namespace) -> None:
         rows = _tune_model(args, log)
         data["cases"] = rows
         lines.append(_tuned_table(rows))
-        lines.append(f"{sum(row['trials'] for row in rows)} trials; records in {data['log']}")
+        machines = ", ".join(sorted({f"'{row['hardware']}'" for row in rows}))
+        trials = sum(row["trials"] for row in rows)
+        lines.append(f"{trials} trials on {machines}; records in {data['log']}")
     if args.export:
         data["exported"] = records.export(log, args.export)
         lines.append(f"{data['exported']} records to {args.export}")
@@ -496,21 +524,21 @@ def _tune(args: argparse.Namespace) -> None:
 def _tune_model(args: argparse.Namespace, log: Path) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
-    from mxcompile import target
     from mxcompile.compiler import tune_model
-    from mxcompile.runtime import cores
     from mxcompile.tune import Limits
 
     found = tune_model(
         args.model,
-        target.find(args.target),
-        args.threads or cores(),
+        args.target,
+        args.threads,
         Limits(args.trials, args.time),
         log,
         _progress(args),
+        _tracker(args),
     )
     return [
         {
+            "hardware": outcome.hardware,
             **asdict(outcome.case),
             "default_us": outcome.default_us,
             "best_us": outcome.best_us,
@@ -738,6 +766,8 @@ def _add_bench(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("-t", "--threads", type=_counts, help="such as 1,2 (default: as for run)")
     verb.add_argument("-r", "--repetitions", type=_positive, default=5, help="(default: 5)")
+    _add_rpc(verb)
+    _add_foreign(verb)
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -756,11 +786,22 @@ def _bench(args: argparse.Namespace) -> None:
 
     if min(args.prompt, args.generate) < 0 or args.prompt == args.generate == 0:
         raise UsageError("-p and -n take the tokens of a test; 0 leaves it out")
-    rows = bench(
-        args.artifact,
+    if (tracker := _tracker(args)) is None:
+        measure = partial(bench, args.artifact, threads=args.threads or (cores(),))
+    else:
+        from mxcompile import remote
+
+        measure = partial(
+            remote.bench,
+            args.artifact,
+            tracker,
+            threads=args.threads or (),
+            wheels=args.wheels,
+            compiler=args.cxx,
+        )
+    rows = measure(
         prompt=args.prompt,
         generate=args.generate,
-        threads=args.threads or (cores(),),
         repetitions=args.repetitions,
         progress=_progress(args),
     )
@@ -787,6 +828,10 @@ def _bench(args: argparse.Namespace) -> None:
 def _add_deploy(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("artifact", type=Path, metavar="OUT.mxc")
     verb.add_argument("-o", "--output", type=Path, required=True, metavar="DEVICE.tar.gz")
+    _add_foreign(verb)
+
+
+def _add_foreign(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--wheels", type=Path, metavar="DIR", help="TVM's wheels for another kind of machine"
     )

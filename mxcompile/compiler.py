@@ -22,6 +22,7 @@ from mxcompile import (
     passes,
     price,
     records,
+    remote,
     report,
     roofline,
     runtime,
@@ -79,6 +80,7 @@ class Job:
     verify: Literal["quick", "full"] = "quick"
     strategy: str = strategies.OURS
     log: Path | None = None
+    hardware: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,7 @@ def compile_model(job: Job, progress: Progress) -> Artifact:
     artifacts.check_destination(job.output, force=job.force)
     where = target.find(job.target)
     lower.check(where)
+    _records(job)  # what is named and not there is refused before the work
     return _build(job, where, _plan(job, where, progress), progress)
 
 
@@ -189,32 +192,70 @@ def _build(job: Job, where: target.Target, planned: Planned, progress: Progress)
 
 
 def _records(job: Job) -> Records:
-    return records.load(job.log or records.user_folder())
+    """What is known of the machine that the program is for: this one, or another that is named.
+
+    Raises:
+        UsageError: nothing is known of the one that is named.
+    """
+    log = job.log or records.user_folder()
+    found = records.load(log, job.hardware)
+    if job.hardware is not None and not len(found):
+        others = sorted({r.hardware for r in records.read(log / records.FILE)})
+        raise UsageError(
+            f"{log / records.FILE} has no records of '{job.hardware}' and these kernels; it has "
+            f"some of {', '.join(map(repr, others)) or 'nothing'}"
+        )
+    return found
+
+
+def _threads(job: Job, known: Records) -> int:
+    """How many a program runs on: on a device that is named, as its records have it."""
+    if job.hardware is None:
+        return runtime.cores()
+    return max(case.threads for case in known.cases())
 
 
 def _knobs(job: Job, where: target.Target, progress: Progress) -> knobs.Choice:
-    """What this machine's tuning records say, if the program is for its like."""
+    """What the machine's tuning records say; nothing for a machine that none is named for."""
     known = _records(job)
-    if not where.runs_here or not len(known):
+    if not len(known) or (job.hardware is None and not where.runs_here):
         return knobs.Choice()
-    progress.note(f"{len(known)} tuning records of this machine choose the kernels' knobs")
-    return knobs.choose(known, runtime.cores())
+    progress.note(f"{len(known)} tuning records of {known.hardware} choose the kernels' knobs")
+    return knobs.choose(known, _threads(job, known))
 
 
 def tune_model(
     model: Path,
-    where: target.Target,
-    threads: int,
+    name: str,
+    threads: int | None,
     limits: tune.Limits,
     log: Path,
     progress: Progress,
+    tracker: remote.Tracker | None = None,
 ) -> list[tune.Outcome]:
     """Tune the kernels for the products of a model or an artifact; records go into ``log``.
 
+    Args:
+        model: An ONNX model or an artifact.
+        name: A target's.
+        threads: How many kernels run on; None for one a physical core.
+        limits: When to stop.
+        log: A folder.
+        progress: Told about the stages.
+        tracker: Where devices are asked for; None for this machine.
+
     Raises:
-        UsageError: this machine cannot run the target's kernels, or they have no knobs.
+        UsageError: the machine cannot run the target's kernels, or they have no knobs.
+        DeviceError: no device is there, or all were lost.
     """
-    tune.check_host(where)
+    where, device = target.find(name), None
+    if tracker is not None:
+        tracker.devices()
+        with progress.stage("connect"):
+            device = remote.Device.connect(tracker, where.triple)
+        where = target.find(name, device.machine)
+        device.check(where)
+    tune.check_knobs(where)
     with progress.stage("load"):
         if model.is_dir():
             shapes = tune.artifact_shapes(artifacts.load(model))
@@ -223,21 +264,26 @@ def tune_model(
                 graph.load(model), Context(where), [Verify()]
             )
             shapes = tune.model_shapes(loaded)
-    cases, known = tune.cases(shapes, threads), records.load(log)
+    cores = runtime.cores() if device is None else device.machine.cores
+    cases = tune.cases(shapes, threads or cores)
     found = []
     with progress.stage("tune", len(cases)) as advance:
-        search = tune.tune(
-            cases,
-            tune.SessionMeasurer.local(where),
-            known,
-            limits,
-            lambda record: records.append(log, [record]),
-        )
+        if tracker is None or device is None:
+            tune.check_host(where)
+            keep = partial(_keep, log)
+            measurer = tune.SessionMeasurer.local(where)
+            search = tune.tune(cases, measurer, records.load(log), limits, keep)
+        else:
+            search = remote.Fleet(tracker, where, log, progress).tune(cases, device, limits)
         for outcome in search:
             found.append(outcome)
             progress.note(str(outcome))
             advance()
     return found
+
+
+def _keep(log: Path, record: records.Record) -> None:
+    records.append(log, [record])
 
 
 def _verify(
@@ -498,11 +544,21 @@ def _solve(
 
 
 def _latency(job: Job, where: target.Target, model: ir.Model) -> Latency:
-    """Measured where the target is this machine, else as the target is described."""
+    """Measured where the target is this machine, else as records and its description say."""
     reads = {
         unit: sum(use.kind != "embedding" for use in uses)
         for unit, uses in graph.uses(model).items()
     }
+    if where.kernels == "cpu" and job.hardware is not None:
+        known = _records(job)
+        return predict(
+            tune.products(model),
+            reads,
+            known,
+            threads=_threads(job, known),
+            bandwidth=where.speed.bytes_per_second,
+            fixed_seconds=where.speed.step_seconds,
+        )
     if where.runs_here and where.kernels == "cpu" and not where.parent:
         threads = runtime.cores()
         return predict(

@@ -105,6 +105,11 @@ def machine_of(artifact: Artifact) -> str:
     return MACHINES[number]
 
 
+def versions_of(artifact: Artifact) -> Mapping[str, str]:
+    """The versions of TVM's libraries that the artifact takes."""
+    return {name: artifact.manifest.versions.get(name, "none") for name in LIBRARIES}
+
+
 def deploy(
     folder: Path,
     archive: Path,
@@ -132,9 +137,8 @@ def deploy(
     progress = progress or Progress()
     artifact = artifacts.load(folder)
     machine = machine_of(artifact)
-    versions = {name: artifact.manifest.versions.get(name, "none") for name in LIBRARIES}
     name = folder.absolute().stem
-    with runtime(machine, versions, wheels) as found:
+    with runtime(machine, versions_of(artifact), wheels) as found:
         with progress.stage("runner"):
             built = build_runner(found, compiler, cache or Path.home() / CACHE)
         members = {f"{name}/{path.name}": path for path in (*built, *found.libraries)}

@@ -114,7 +114,7 @@ def predict(
                 timed.update({(unit.name, name): found for unit in units})
     source = (
         f"tuning records of {exact} of {len(products) * len(FORMATS)} products, a roofline at "
-        f"{bandwidth * NANO:.1f} GB/s, read on this machine by {threads} threads, and "
+        f"{bandwidth * NANO:.1f} GB/s with {threads} threads, and "
         f"{fixed_seconds * 1e3:.2f} ms of other kernels"
     )
     return Latency(1 / bandwidth, reads, source, timed, fixed_seconds)

@@ -8,15 +8,13 @@ and of other kernels are kept but not used.
 
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, Self
 
-from mxcompile import target
+from mxcompile import machine
 from mxcompile.errors import UsageError
 from mxcompile.files import whole
 from mxcompile.formats import FORMATS, Format
@@ -49,7 +47,7 @@ class Record:
     """A measurement.
 
     Attributes:
-        hardware: The machine; see ``hardware_id``.
+        hardware: The machine; see ``machine.Machine``.
         kernel: The version of the kernels; see ``kernel_version``.
         case: What was measured.
         knobs: What of the knobs is not the default, by name.
@@ -87,20 +85,6 @@ class Record:
             return cls(str(data["hardware"]), str(data["kernel"]), case, knobs, us)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a tuning record: {error!r}") from error
-
-
-def hardware_id() -> str:
-    """This machine's CPU, its features, and how many CPUs there are: what its records hold for."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    about = dict(line.replace("\t", "").partition(":")[::2] for line in reversed(lines))
-    model = about.get("model name", about.get("CPU part", platform.machine())).strip()
-    revision = "-".join(about.get(key, "").strip() for key in ("cpu family", "model", "stepping"))
-    features = " ".join(sorted(target.host_features()))
-    digest = hashlib.sha256(f"{revision} {features}".encode()).hexdigest()[:12]
-    return f"{model} x{len(os.sched_getaffinity(0))} {digest}"
 
 
 def kernel_version() -> str:
@@ -166,9 +150,10 @@ def read(path: Path) -> list[Record]:
     return found
 
 
-def load(folder: Path) -> Records:
-    """What is known of this machine: the records kept in ``folder``."""
-    return Records(read(folder / FILE), hardware_id(), kernel_version())
+def load(folder: Path, hardware: str | None = None) -> Records:
+    """What is known of a machine, None for this one: of the records kept in ``folder``."""
+    hardware = machine.here().hardware if hardware is None else hardware
+    return Records(read(folder / FILE), hardware, kernel_version())
 
 
 def append(folder: Path, records: Iterable[Record]) -> None:

@@ -11,8 +11,7 @@ How a compiled module is called, where ``weights`` is a tuple in the manifest's 
 """
 
 import itertools
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self, cast
 
@@ -20,10 +19,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mxcompile import artifact as artifacts
-from mxcompile import target, weights
+from mxcompile import machine, target, weights
 from mxcompile.artifact import Artifact, TensorSpec
 from mxcompile.devices import Device, aligned, interface
 from mxcompile.errors import ArtifactError, UsageError
+from mxcompile.machine import Machine
 
 CHUNK: Final = 256
 """Tokens of a prompt that are run at once: enough to reuse each weight, and no more memory."""
@@ -37,11 +37,7 @@ _SHARE_CORES: Final = -3  # TVM's affinity mode in which no thread is bound to o
 
 def cores() -> int:
     """The physical cores that this process may use."""
-    siblings = set()
-    for cpu in os.sched_getaffinity(0):
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(path.read_text() if path.is_file() else str(cpu))
-    return len(siblings)
+    return machine.here().cores
 
 
 def set_threads(count: int) -> None:
@@ -50,14 +46,26 @@ def set_threads(count: int) -> None:
     Raises:
         UsageError: the process may not use so many CPUs.
     """
-    cpus = sorted(os.sched_getaffinity(0))
-    if not 1 <= count <= len(cpus):
-        raise UsageError(f"{count} threads: this process can use 1 to {len(cpus)}")
+    share_cores(interface().get_global_func, machine.here(), count)
+
+
+def share_cores(function: Callable[[str], Any], where: Machine, count: int) -> None:
+    """Run the kernels of a process on ``count`` threads.
+
+    Args:
+        function: Gives a global function of the process by its name.
+        where: The process's machine.
+        count: How many.
+
+    Raises:
+        UsageError: the process may not use so many CPUs.
+    """
+    if not 1 <= count <= len(where.cpus):
+        raise UsageError(f"{count} threads: the process can use 1 to {len(where.cpus)}")
     # The list gives the pool a worker a CPU (by itself it makes half as many) and lets the workers
     # move, so that two programs with a thread each do not both sit on the first core.
-    interface().get_global_func("runtime.config_threadpool")(
-        _SHARE_CORES, count, [str(c) for c in cpus]
-    )
+    names = function("ffi.Array")(*map(str, where.cpus))
+    function("runtime.config_threadpool")(_SHARE_CORES, count, names)
 
 
 class Program:
@@ -93,10 +101,10 @@ class Program:
         except KeyError as error:
             raise ArtifactError(f"{artifacts.WEIGHTS} has no tensor {error}") from error
         library = interface().load_module(str((folder / artifacts.CODE).absolute()))
-        machine = library.get_function("vm_load_executable")()
+        vm = library.get_function("vm_load_executable")()
         settings = [(number, 0, _POOLED) for number in device.numbers]
-        machine.get_function("vm_initialization")(*itertools.chain(*settings))
-        return cls(artifact, machine.get_function("main"), bound, device)
+        vm.get_function("vm_initialization")(*itertools.chain(*settings))
+        return cls(artifact, vm.get_function("main"), bound, device)
 
     def call(self, *arguments: Any) -> Any:
         """Call the program on TVM tensors; the weights are added."""

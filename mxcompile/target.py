@@ -14,8 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Self
 
-from mxcompile import gpu
+from mxcompile import gpu, machine
 from mxcompile.errors import UsageError
+from mxcompile.machine import Machine
 
 NO_PARENTS: Final[Mapping[str, str]] = MappingProxyType({})
 
@@ -133,14 +134,9 @@ def shipped() -> tuple[Target, ...]:
     return tuple(sorted(found, key=lambda t: (t.family, bool(t.parent), -len(t.requires), t.name)))
 
 
-def host_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+def host_features() -> frozenset[str]:
     """The CPU features of this machine as Linux names them; empty where it does not tell."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return frozenset()
-    flags = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
-    return frozenset(next(flags, "").split())
+    return machine.here().features
 
 
 def host_family() -> str:
@@ -148,8 +144,8 @@ def host_family() -> str:
     return _family(platform.machine())
 
 
-def _family(machine: str) -> str:
-    return {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm"}.get(machine, "")
+def _family(kind: str) -> str:
+    return {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm"}.get(kind, "")
 
 
 def features() -> frozenset[str]:
@@ -157,11 +153,15 @@ def features() -> frozenset[str]:
     return host_features() | gpu.features()
 
 
-def find(text: str) -> Target:
-    """The target named ``text``, or for a family the best one that this machine can run.
+def find(text: str, device: Machine | None = None) -> Target:
+    """The target named ``text``, or for a family the best one that a machine can run.
 
     On a machine of another family a family's name means its default. A text that ends in .toml is
     a file that describes a target, or a board that has a shipped one for its parent.
+
+    Args:
+        text: a name.
+        device: the machine; None for this one.
 
     Raises:
         UsageError: there is no such target.
@@ -175,8 +175,9 @@ def find(text: str) -> Target:
     if not family:
         known = sorted({t.family for t in targets} | {t.name for t in targets})
         raise UsageError(f"no target {text}; targets: {', '.join(known)}, or a file NAME.toml")
-    if runnable := [t for t in family if t.runs_here]:
-        return runnable[0]
+    runs = [t.runs_here if device is None else t.requires <= device.features for t in family]
+    if any(runs):
+        return family[runs.index(True)]
     if text != host_family():
         return next(t for t in family if t.default)
     raise UsageError(

@@ -3,16 +3,19 @@
 One case at a time: a format, a weight's shape, a number of activation rows. The search goes from
 the defaults along one knob after another, keeps what is faster, and stops when no knob helps: the
 knobs are few and hardly interact. A trial is a program of calls that stream copies of a weight from
-memory, as decoding does, built by TVM and timed by TVM's evaluator through an RPC session: the
-local one here, but nothing in this module would differ for one that is connected to a device.
+memory, as decoding does, built by TVM and timed by TVM's evaluator through an RPC session: a
+local one on this machine, those of devices in ``remote``.
 """
 
 import logging
+import math
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -21,13 +24,13 @@ import onnx_ir as ir
 import tvm
 from tvm import relax, rpc
 
-from mxcompile import graph, lower, runtime
+from mxcompile import graph, lower, machine, runtime
 from mxcompile.artifact import Artifact
 from mxcompile.errors import UsageError
 from mxcompile.formats import ACTIVATION_FORMATS, FORMATS
 from mxcompile.knobs import GAIN, Setting, space_of
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
-from mxcompile.records import Case, Record, Records, hardware_id, representative
+from mxcompile.records import Case, Record, Records, representative
 from mxcompile.target import Target
 from mxcompile.targets import cpu_norm, packing
 from mxcompile.targets.cpu_matmul import Knobs, MatmulKernel, activation_bytes
@@ -84,12 +87,16 @@ class SessionMeasurer:
         target: What kernels are built for.
         session: ``tvm.rpc.LocalSession()``, or a session that ``tvm.rpc.connect`` gave.
         set_threads: Has kernels run on so many threads there.
+        building: Entered to compile a trial: what measures on several devices compiles in turn.
+        ask: Calls what waits for the device.
     """
 
     hardware: str
     target: Target
     session: Any
     set_threads: Callable[[int], None]
+    building: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    ask: Callable[[Callable[[], float]], float] = lambda call: call()
     _arguments: tuple[Case, list[Any]] | None = field(default=None, init=False)
     _trials: int = field(default=0, init=False)
 
@@ -97,24 +104,39 @@ class SessionMeasurer:
     def local(cls, target: Target) -> "SessionMeasurer":
         """Measures on this machine, in this process."""
         logging.getLogger("RPCServer").setLevel(logging.WARNING)  # it tells of every library
-        return cls(hardware_id(), target, rpc.LocalSession(), runtime.set_threads)
+        return cls(machine.here().hardware, target, rpc.LocalSession(), runtime.set_threads)
 
     def microseconds(self, case: Case, knobs: Knobs) -> float:
         """The least of some calls: whatever else a machine does only adds to it."""
-        device, copies = self.session.cpu(), max(1, -(-STREAM_BYTES // weight_bytes(case)))
+        copies = max(1, -(-STREAM_BYTES // weight_bytes(case)))
         self._trials += 1  # a library that is loaded must not be written over
         with tempfile.TemporaryDirectory(prefix="mxcompile-") as folder:
             library = Path(folder) / f"trial{self._trials}.so"
-            module = program(case, knobs, self.target, copies)
-            lower.compile_module(module, self.target, library)
-            self.session.upload(str(library))
-        machine = relax.VirtualMachine(self.session.load_module(library.name), device)
+            with self.building:
+                module = program(case, knobs, self.target, copies)
+                lower.compile_module(module, self.target, library)
+            return self.ask(partial(self._time, library, case, copies))
+
+    def _time(self, library: Path, case: Case, copies: int) -> float:
+        device = self.session.cpu()
+        self.session.upload(str(library))
+        vm = relax.VirtualMachine(self.session.load_module(library.name), device)
         self.session.remove(library.name)
         if self._arguments is None or self._arguments[0] != case:
-            self._arguments = (case, [tvm.runtime.tensor(a, device) for a in inputs(case, copies)])
+            self._arguments = None  # frees those of another case first
+            self._arguments = (case, self._tensors(case, copies))
         self.set_threads(case.threads)
-        evaluator = machine.time_evaluator("main", device, number=1, repeat=REPEATS)
+        evaluator = vm.time_evaluator("main", device, number=1, repeat=REPEATS)
         return float(1e6 * min(evaluator(*self._arguments[1]).results) / copies)
+
+    def _tensors(self, case: Case, copies: int) -> list[Any]:
+        """What ``program`` takes, over there: one weight is sent and copied on the spot."""
+        device = self.session.cpu()
+        codes, table, weight = (
+            tvm.runtime.tensor(array, device) for array in inputs(case, copies=1)
+        )
+        empty = partial(tvm.runtime.empty, weight.shape, weight.dtype, device)
+        return [codes, table, weight, *(empty().copyfrom(weight) for _ in range(copies - 1))]
 
 
 def weight_bytes(case: Case) -> int:
@@ -233,9 +255,9 @@ def call_seconds(target: Target) -> float:
                 value = bb.emit(relax.call_tir(norm, [value, weight], row))
             value = bb.emit_output(value)
         bb.emit_func_output(value)
-    machine = load(bb.finalize(), target)
+    vm = load(bb.finalize(), target)
     ones = [np.ones((1, 1, _NORM), np.float32), np.ones(_NORM, np.float32)]
-    evaluator = machine.time_evaluator("main", tvm.cpu(), number=5, repeat=REPEATS)
+    evaluator = vm.time_evaluator("main", tvm.cpu(), number=5, repeat=REPEATS)
     return float(min(evaluator(*map(tvm.runtime.tensor, ones)).results) / _CALLS)
 
 
@@ -247,10 +269,14 @@ def load(module: Any, target: Target) -> Any:
         return relax.VirtualMachine(tvm.runtime.load_module(str(library)), tvm.cpu())
 
 
-def check_host(target: Target) -> None:
-    """Raise UsageError when this machine cannot run the target's kernels, or they have no knobs."""
+def check_knobs(target: Target) -> None:
+    """Raise UsageError when the target's kernels have no knobs."""
     if target.kernels != "cpu":
         raise UsageError(f"the kernels of {target.name} have no knobs to tune")
+
+
+def check_host(target: Target) -> None:
+    """Raise UsageError when this machine cannot run the target's kernels."""
     if not target.runs_here:
         raise UsageError(f"this machine cannot run the kernels of {target.name}: tune it elsewhere")
 
@@ -273,11 +299,19 @@ class Limits:
     trials: int | None = None
     seconds: float | None = None
 
+    def end(self) -> float:
+        """When a search that starts now ends, as ``time.monotonic`` has it."""
+        return math.inf if self.seconds is None else time.monotonic() + self.seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a case came to: microseconds before and after, the knobs, and trials that were run."""
+    """What a case came to: microseconds before and after, the knobs, and trials that were run.
 
+    ``hardware`` is the machine that it was measured on.
+    """
+
+    hardware: str
     case: Case
     default_us: float
     best_us: float
@@ -305,35 +339,54 @@ def tune(
         limits: When to stop. A case that is stopped before its first trial has no outcome.
         keep: Called with every record as it is measured, so that an interruption loses none.
     """
-    end = time.monotonic() + limits.seconds if limits.seconds is not None else None
+    end = limits.end()
     for case in cases:
-        seen: set[Setting] = set()
-        measured: list[Record] = []
+        if (outcome := tune_case(case, measurer, records, limits.trials, end, keep)) is not None:
+            yield outcome
 
-        def measure(
-            setting: Setting,
-            case: Case = case,
-            seen: set[Setting] = seen,
-            measured: list[Record] = measured,
-        ) -> float | None:
-            if setting not in seen and len(seen) == limits.trials:
-                return None
-            seen.add(setting)
-            if (known := records.times(case).get(setting)) is not None:
-                return known
-            if end is not None and time.monotonic() > end:
-                return None
-            us = measurer.microseconds(case, replace(Knobs(), **dict(setting)))
-            record = Record(measurer.hardware, records.kernel, case, setting, us)
-            records.add(record)
-            keep(record)
-            measured.append(record)
-            return us
 
-        default = measure(())
-        if default is not None:
-            best, us = _search(case, default, measure)
-            yield Outcome(case, default, us, replace(Knobs(), **dict(best)), len(measured))
+def tune_case(
+    case: Case,
+    measurer: Measurer,
+    records: Records,
+    trials: int | None,
+    end: float,
+    keep: Callable[[Record], None],
+) -> Outcome | None:
+    """Search one case; None if there was no time for a trial.
+
+    Args:
+        case: What to search.
+        measurer: Where kernels run.
+        records: What is known; what is found is added.
+        trials: The settings that are looked at, at most.
+        end: When no trial begins any more, as ``time.monotonic`` has it.
+        keep: Called with every record.
+    """
+    seen: set[Setting] = set()
+    measured: list[Record] = []
+
+    def measure(setting: Setting) -> float | None:
+        if setting not in seen and len(seen) == trials:
+            return None
+        seen.add(setting)
+        if (known := records.times(case).get(setting)) is not None:
+            return known
+        if time.monotonic() > end:
+            return None
+        us = measurer.microseconds(case, replace(Knobs(), **dict(setting)))
+        record = Record(measurer.hardware, records.kernel, case, setting, us)
+        records.add(record)
+        keep(record)
+        measured.append(record)
+        return us
+
+    default = measure(())
+    if default is None:
+        return None
+    best, us = _search(case, default, measure)
+    knobs = replace(Knobs(), **dict(best))
+    return Outcome(measurer.hardware, case, default, us, knobs, len(measured))
 
 
 def _search(

@@ -15,9 +15,9 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from mxcompile import artifact, cli, errors
+from mxcompile import artifact, cli, errors, machine
 from mxcompile.artifact import Artifact
-from mxcompile.records import Case, Record, hardware_id
+from mxcompile.records import Case, Record
 from tests import toy
 
 PROGRAM = [sys.executable, "-m", "mxcompile.cli"]
@@ -364,7 +364,7 @@ def test_tune_keeps_what_it_measures(
     onnx.save(model, tmp_path / "product.onnx")
 
     class Machine:
-        hardware = hardware_id()
+        hardware = machine.here().hardware
 
         def microseconds(self, case: Case, knobs: object) -> float:
             return 1.0 * case.rows

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from mxcompile import records
+from mxcompile import compiler, records, target
+from mxcompile.compiler import Job
 from mxcompile.errors import UsageError
 from mxcompile.knobs import Choice, choose
+from mxcompile.progress import Progress
 from mxcompile.records import Case, Record, Records
 from mxcompile.targets.cpu_matmul import Knobs
 
@@ -71,9 +73,21 @@ def test_import_of_something_else_is_refused(tmp_path: Path) -> None:
             records.merge(path, tmp_path)
 
 
-def test_this_machine_has_an_id_and_the_kernels_a_version() -> None:
-    assert records.hardware_id() == records.hardware_id() != ""
+def test_the_kernels_have_a_version() -> None:
     assert len(records.kernel_version()) == 12
+
+
+def test_a_named_device_gives_the_knobs_of_a_program_for_it(tmp_path: Path) -> None:
+    kernel, where = records.kernel_version(), target.find("raspberry-pi-5")
+    case = replace(CASE, threads=4)
+    of_board = (Record("board", kernel, case, knobs, us) for knobs, us in (((), 9.0), (AHEAD, 5.0)))
+    records.append(tmp_path, of_board)
+    job = Job(Path("m.onnx"), where.name, ("4.2bit",), Path("m.mxc"), log=tmp_path)
+    assert compiler._knobs(job, where, Progress()) == Choice()
+    found = compiler._knobs(replace(job, hardware="board"), where, Progress())
+    assert found.by_format == {"int4": Knobs(prefetch=1024)}
+    with pytest.raises(UsageError, match=r"no records of 'nobody' .* some of 'board'"):
+        compiler._knobs(replace(job, hardware="nobody"), where, Progress())
 
 
 def test_nothing_known_means_defaults() -> None:

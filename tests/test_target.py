@@ -63,13 +63,6 @@ def test_malformed_target_is_refused(text: str) -> None:
         target.Target.parse("mine", text)
 
 
-def test_features_are_read_from_cpuinfo(tmp_path: Path) -> None:
-    path = tmp_path / "cpuinfo"
-    path.write_text("processor : 0\nflags : sse avx2 fma\n\nprocessor : 1\nflags : sse\n")
-    assert target.host_features(path) == {"sse", "avx2", "fma"}
-    assert target.host_features(tmp_path / "none") == frozenset()
-
-
 def test_away_from_arm_its_name_means_dot_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "host_family", lambda: "x86")
     assert target.find("arm").name == "arm-dotprod"

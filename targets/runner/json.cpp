@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
+#include <cstdio>
 #include <limits>
 
 #include "error.h"
@@ -290,6 +292,12 @@ std::string quoted(std::string_view text) {
         }
     }
     return out + '"';
+}
+
+std::string number(double value) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.17g", value);
+    return std::isfinite(value) ? text : "null";
 }
 
 std::string canonical(const Value& value, std::string_view omit) {

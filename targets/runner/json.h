@@ -97,4 +97,7 @@ std::string canonical(const Value& value, std::string_view omit = {});
 // `text` as a JSON string of ASCII characters.
 std::string quoted(std::string_view text);
 
+// A number as JSON; null for what is none.
+std::string number(double value);
+
 }  // namespace mx::json

@@ -5,22 +5,17 @@
 #include <algorithm>
 #include <charconv>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <iostream>
 #include <iterator>
-#include <memory>
-#include <numeric>
 #include <string>
 #include <vector>
 
-#include "cpu.h"
-#include "error.h"
+#include "bench.h"
+#include "handles.h"
 #include "json.h"
-#include "mxrun.h"
 #include "npz.h"
-#include "sample.h"
 
 namespace {
 
@@ -48,24 +43,11 @@ exit codes: 0 done, 1 bug, 2 usage or a damaged file, 5 not supported
 )";
 
 using Clock = std::chrono::steady_clock;
+using mx::check, mx::json::number;
 
 double seconds(Clock::time_point from, Clock::time_point to) {
     return std::chrono::duration<double>(to - from).count();
 }
-
-// Turns what the C interface says back into an error.
-void check(int code) {
-    if (code != 0) throw mx::Error(static_cast<mx::Exit>(code), mx_error());
-}
-
-struct CloseModel {
-    void operator()(mx_model* model) const { mx_close(model); }
-};
-struct EndSession {
-    void operator()(mx_session* session) const { mx_end(session); }
-};
-using Model = std::unique_ptr<mx_model, CloseModel>;
-using Session = std::unique_ptr<mx_session, EndSession>;
 
 struct Options {
     std::string model, prompt, input, output;
@@ -173,12 +155,6 @@ Options parse(int argc, char** argv) {
     return options;
 }
 
-std::string number(double value) {
-    char text[32];
-    std::snprintf(text, sizeof text, "%.17g", value);
-    return std::isfinite(value) ? text : "null";
-}
-
 std::vector<uint32_t> encode(mx_model* model, const std::string& text) {
     std::vector<uint32_t> tokens(text.size() + 16);
     size_t count = tokens.size();
@@ -225,9 +201,7 @@ std::string listed(const std::vector<uint32_t>& tokens) {
 }
 
 void generate(const Options& options, mx_model* model) {
-    mx_session* started = nullptr;
-    check(mx_start(model, static_cast<uint32_t>(options.context), &started));
-    const Session session(started);
+    const mx::SessionHandle session = mx::start_session(model, options.context);
     std::string text = options.prompt;
     if (text == "-") text.assign(std::istreambuf_iterator<char>(std::cin), {});
     mx_sampling sampling = options.sampling;
@@ -287,75 +261,6 @@ void run_arrays(const Options& options, mx_model* model) {
     if (!options.quiet) std::fprintf(stderr, "%s written in %.3f s\n", options.output.c_str(), spent);
 }
 
-// Tokens a second of each repetition: of a prompt at once, or one by one behind nothing.
-std::vector<double> measure(mx_session* session, const std::vector<uint32_t>& tokens, bool at_once,
-                            int64_t repetitions) {
-    const float* logits = nullptr;
-    const auto once = [&] {
-        mx_truncate(session, 0);
-        if (at_once) return check(mx_feed(session, tokens.data(), tokens.size(), &logits));
-        for (const uint32_t& token : tokens) check(mx_feed(session, &token, 1, &logits));
-    };
-    once();  // maps the weights, fills the allocator
-    std::vector<double> rates;
-    for (int64_t i = 0; i < repetitions; ++i) {
-        const auto start = Clock::now();
-        once();
-        rates.push_back(static_cast<double>(tokens.size()) / seconds(start, Clock::now()));
-    }
-    return rates;
-}
-
-double median(std::vector<double> values) {
-    std::sort(values.begin(), values.end());
-    const size_t half = values.size() / 2;
-    return values.size() % 2 != 0 ? values[half] : (values[half - 1] + values[half]) / 2;
-}
-
-double deviation(const std::vector<double>& values) {
-    if (values.size() < 2) return 0;
-    const auto count = static_cast<double>(values.size());
-    const double mean = std::accumulate(values.begin(), values.end(), 0.0) / count;
-    double squares = 0;
-    for (const double value : values) squares += (value - mean) * (value - mean);
-    return std::sqrt(squares / (count - 1));
-}
-
-void bench(const Options& options, mx_model* model) {
-    const int64_t generated = options.tokens < 0 ? 64 : options.tokens;
-    if (options.prompt_tokens == 0 && generated == 0) {
-        mx::fail("-p and -n take the tokens of a test; 0 leaves it out");
-    }
-    mx_info info;
-    mx_describe(model, &info);
-    mx_session* started = nullptr;
-    check(mx_start(model, 0, &started));
-    const Session session(started);
-    std::string out = "[";
-    for (const int threads : options.threads.empty() ? std::vector<int>{0} : options.threads) {
-        check(mx_set_threads(threads));
-        for (const bool at_once : {true, false}) {
-            const int64_t size = at_once ? options.prompt_tokens : generated;
-            if (size == 0) continue;
-            mx::Random random(0);
-            std::vector<uint32_t> tokens(static_cast<size_t>(size));
-            for (uint32_t& token : tokens) token = static_cast<uint32_t>(random.next() % info.vocabulary);
-            const auto rates = measure(session.get(), tokens, at_once, options.repetitions);
-            out += out.size() > 1 ? ",\n {" : "\n {";
-            out += "\"model\": " + mx::json::quoted(info.name) +
-                   ", \"bits_per_weight\": " + number(info.bits_per_weight) +
-                   ", \"weight_bytes\": " + std::to_string(info.weight_bytes) +
-                   ", \"parameters\": " + std::to_string(info.parameters) +
-                   ", \"target\": " + mx::json::quoted(info.target) +
-                   ", \"threads\": " + std::to_string(threads != 0 ? threads : mx::physical_cores()) +
-                   ", \"test\": \"" + (at_once ? "pp" : "tg") + std::to_string(size) +
-                   "\", \"tokens_per_s\": " + number(median(rates)) +
-                   ", \"stddev\": " + number(deviation(rates)) + "}";
-        }
-    }
-    std::printf("%s\n]\n", out.c_str());
-}
-
 // For each line: a JSON string to a list of tokens, or the other way.
 void translate(const Options& options, mx_model* model) {
     for (std::string line; std::getline(std::cin, line);) {
@@ -373,13 +278,15 @@ void translate(const Options& options, mx_model* model) {
 
 void run(const Options& options) {
     check(mx_set_threads(options.threads.empty() ? 0 : options.threads[0]));
-    mx_model* opened = nullptr;
-    check(mx_open(options.model.c_str(), &opened));
-    const Model model(opened);
+    const mx::ModelHandle model = mx::open_model(options.model);
+    mx_model* opened = model.get();
     if (options.has_prompt) {
         generate(options, opened);
     } else if (options.bench) {
-        bench(options, opened);
+        const int64_t generated = options.tokens < 0 ? 64 : options.tokens;
+        const mx::BenchOptions how = {options.prompt_tokens, generated, options.threads,
+                                      options.repetitions};
+        std::printf("%s\n", mx::bench(opened, how).c_str());
     } else if (options.encode || options.decode) {
         translate(options, opened);
     } else {
