@@ -125,9 +125,9 @@ class Observer:
         ).numpy()
         if use.kind == "embedding":
             slopes = self.sums.get(f"slopes {product(use)}", torch.full((columns,), count))
-            return UseStatistics(use.kind, source(use), (slopes / count).numpy(), weights)
+            return UseStatistics(use.kind, source(use), (slopes / count).numpy(), weights, count)
         moment = moments.get(met(use), np.zeros(columns, np.float32))
-        return UseStatistics(use.kind, source(use), moment, weights)
+        return UseStatistics(use.kind, source(use), moment, weights, count)
 
 
 class _Sample:

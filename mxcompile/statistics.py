@@ -6,10 +6,11 @@ error at the output). ``M`` is the second moment of what the weight meets, ``r_o
 in what row ``o`` computes counts, ``f`` a factor of the use. How they are found is the business of
 ``mxcompile.calibrate``.
 
-Rows that the text hardly meets look free and are not, so the weights of rows are shrunk towards the
+Rows that the text hardly meets look free and are not, so the weights of rows are moved towards the
 mean of the rows around them. In a vocabulary that is what tells a word that is common in other
 texts from one that is rare in all: tokenizers number tokens by how early they were merged, and so
-by how frequent they are.
+by how frequent they are. Gradients and probabilities move by a fixed share (``shrunk``); how often
+a row is looked up is a count, whose expectation is known (``expected``).
 """
 
 import json
@@ -35,6 +36,15 @@ Factors: TypeAlias = Mapping[str, tuple[float, ...]]
 SHRINK: Final = 0.2
 """The share of a row's weight that it gets from the mean of the rows around it."""
 
+PRIOR: Final = 0.3
+"""How alike the frequencies of neighbouring rows are: the shape of the gamma distribution that they
+are taken to be drawn from. A row that was never met has 1 / (1 + n / 0.3) of the mean of that, n
+being how often rows around it were met."""
+
+FAR: Final = 0.1
+"""What all rows have of a say in that mean, beside the rows around: tokens that few texts hold are
+the ones that say most in a text that does."""
+
 AROUND: Final = 64
 LEAST_AROUND: Final = 256
 """What part of the rows these are, and the least of them that make a mean."""
@@ -54,7 +64,9 @@ class UseStatistics:
             over positions, weighed by how much they count; for an embedding the diagonal
             ``E[(dL/de)**2]`` of what is looked up.
         rows: How much an error in each row counts, float32 [rows]: ``E[(dL/dy_o)**2]`` of a layer's
-            outputs, ``E[p_o (1 - p_o)]`` of a head's, how often a token reads an embedding's row.
+            outputs, ``E[p_o (1 - p_o)]`` of a head's, the share of lookups that read an
+            embedding's row.
+        count: How many positions, or lookups, these are the means of.
         order: Which of these each row of the weight is, int64 [rows], where it was sorted.
     """
 
@@ -62,12 +74,14 @@ class UseStatistics:
     source: str
     moment: Array
     rows: Array
+    count: float
     order: Array | None = None
 
     @property
     def weights(self) -> Array:
         """How much an error in each row of the weight is taken to count, float32 [rows]."""
-        weights = shrunk(self.rows)
+        looked_up = self.kind == "embedding"
+        weights = expected(self.rows, self.count) if looked_up else shrunk(self.rows)
         return weights if self.order is None else weights[self.order]
 
     def errors(self, delta: Tensor, start: int = 0) -> Tensor:
@@ -85,12 +99,29 @@ class UseStatistics:
 
 def shrunk(rows: Array) -> Array:
     """Rows' weights, moved towards their neighbours' mean: what was not met is not free."""
+    result: Array = (1 - SHRINK) * rows + (SHRINK * _around(rows)).astype(np.float32)
+    return result
+
+
+def expected(rows: Array, count: float) -> Array:
+    """How often rows will be read, from the shares of ``count`` lookups that read them.
+
+    Empirical Bayes: frequencies are gamma distributed around a mean of their neighbours and of all
+    rows, and what was counted is Poisson; this is their expectation when the counts are known. It
+    is to these what Good's estimate is to species that were not seen.
+    """
+    mean = (1 - FAR) * _around(rows) + FAR * rows.mean(dtype=np.float64)
+    weights = (count * rows + PRIOR) * mean / (count * mean + PRIOR)
+    return np.asarray(weights, np.float32)
+
+
+def _around(rows: Array) -> Array:
+    """The mean of the rows around each, float64 [rows]."""
     count = min(max(len(rows) // AROUND, LEAST_AROUND), len(rows))
     sums = np.concatenate([[0.0], np.cumsum(rows, dtype=np.float64)])
     first = np.clip(np.arange(len(rows)) - count // 2, 0, len(rows) - count)
-    mean = (sums[first + count] - sums[first]) / count
-    result: Array = (1 - SHRINK) * rows + (SHRINK * mean).astype(np.float32)
-    return result
+    mean: Array = (sums[first + count] - sums[first]) / count
+    return mean
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,7 +185,8 @@ def save(statistics: Statistics, path: Path) -> None:
             where = shared.setdefault(id(use.moment), f"moment.{len(shared)}")
             tensors[where] = torch.from_numpy(use.moment)
             tensors[f"rows.{unit}.{index}"] = torch.from_numpy(use.rows)
-            described.append({"kind": use.kind, "source": use.source, "moment": where})
+            about_use = {"kind": use.kind, "source": use.source, "moment": where}
+            described.append({**about_use, "count": use.count})
         units.append({"name": unit, "uses": described, "factors": statistics.factors[unit]})
     about = {
         "samples": statistics.samples,
@@ -183,6 +215,7 @@ def load(path: Path) -> Statistics:
                     use["source"],
                     tensors[use["moment"]],
                     tensors[f"rows.{unit['name']}.{index}"],
+                    use["count"],
                 )
                 for index, use in enumerate(unit["uses"])
             )

@@ -20,7 +20,7 @@ from mxcompile.probe import PERTURBATION
 from mxcompile.progress import Progress
 from mxcompile.quantize import dequantize, quantize
 from mxcompile.samples import token_feeds
-from mxcompile.statistics import AROUND, LEAST_AROUND, Statistics, shrunk
+from mxcompile.statistics import AROUND, LEAST_AROUND, PRIOR, Statistics, expected, shrunk
 
 pytestmark = pytest.mark.filterwarnings("error:.*not writable")
 HEAD = '<ir_version: 10, opset_import: ["" : 23, "mxcompile" : 1]>\n'
@@ -248,11 +248,25 @@ def test_vocabulary_rows(
 
 def test_rows_that_were_not_met_are_not_free(found: Statistics) -> None:
     for use in found.uses["embedding"]:
-        weights = shrunk(use.rows)
+        weights = use.weights
         assert weights.shape == (VOCABULARY,)
         assert weights.min() >= 0.19 * weights.mean() > 0
     rows = np.array([0, 0, 0, 4], np.float32)
     assert shrunk(rows) == pytest.approx([0.2, 0.2, 0.2, 3.4])
+
+
+def test_lookups_that_were_counted_tell_how_often_rows_will_be_read() -> None:
+    """Frequencies from the prior, counted once; the estimate beats the counts and is unbiased."""
+    rng = np.random.default_rng(0)
+    rows, count = 1 << 14, 1 << 13
+    frequency = rng.gamma(PRIOR, 1 / PRIOR, rows) / rows
+    counted = rng.poisson(count * frequency)
+    found = expected((counted / count).astype(np.float32), count)
+    for times in range(4):
+        met = counted == times
+        assert found[met].mean() == pytest.approx(frequency[met].mean(), rel=0.1)
+    often = np.full(512, 2.0, np.float32)
+    np.testing.assert_allclose(expected(often, 1000), often, rtol=1e-6)
 
 
 def test_an_unmet_row_counts_as_those_around_it_do() -> None:

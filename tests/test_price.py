@@ -9,7 +9,7 @@ from mxcompile.formats import FORMATS
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
 from mxcompile.price import price
 from mxcompile.quantize import dequantize, quantize
-from mxcompile.statistics import Statistics, UseStatistics, shrunk
+from mxcompile.statistics import Statistics, UseStatistics, expected, shrunk
 
 pytestmark = pytest.mark.filterwarnings("error")
 ALL = module.PRICED
@@ -34,9 +34,9 @@ def statistics() -> Statistics:
     )
     uses = (
         UseStatistics(
-            "embedding", "ids", rng.random(COLUMNS, np.float32), rng.random(ROWS, np.float32)
+            "embedding", "ids", rng.random(COLUMNS, np.float32), rng.random(ROWS, np.float32), 300
         ),
-        UseStatistics("linear", "h", x.T @ x / len(x), rng.random(ROWS, np.float32)),
+        UseStatistics("linear", "h", x.T @ x / len(x), rng.random(ROWS, np.float32), 300),
     )
     return Statistics(300, {"w": uses}, {"w": (3.0, 0.25)})
 
@@ -47,7 +47,7 @@ def by_definition(weight: np.ndarray, statistics: Statistics, tile: int, choice:
     quantized = quantize(weight, fmt, np.diagonal(statistics.moment("w")))
     delta = (dequantize(quantized, fmt) - weight).astype(np.float64)[rows]
     lookup, product = statistics.uses["w"]
-    one = shrunk(lookup.rows)[rows] * (delta**2 @ lookup.moment)
+    one = expected(lookup.rows, 300)[rows] * (delta**2 @ lookup.moment)
     other = shrunk(product.rows)[rows] * np.einsum("ok,kl,ol->o", delta, product.moment, delta)
     return float((3.0 * one + 0.25 * other).sum())
 

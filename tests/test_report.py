@@ -45,7 +45,7 @@ def statistics() -> Statistics:
         rows = np.ones(unit.rows, np.float32)
         if unit.name == EXPENSIVE:
             rows[16:] = 3
-        return UseStatistics("linear", "x", np.ones(unit.columns, np.float32), rows)
+        return UseStatistics("linear", "x", np.ones(unit.columns, np.float32), rows, 1)
 
     uses = {u.name: (use(u),) for u in PLAN.units}
     return Statistics(1, uses, {u.name: (0.5,) for u in PLAN.units})

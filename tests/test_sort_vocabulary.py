@@ -13,7 +13,7 @@ from mxcompile.instruments import Verify
 from mxcompile.interpret import Interpreter
 from mxcompile.passes import sort_vocabulary
 from mxcompile.pipeline import Context, Pipeline
-from mxcompile.statistics import Statistics, UseStatistics, shrunk
+from mxcompile.statistics import Statistics, UseStatistics, expected, shrunk
 
 ROWS, COLUMNS = 2048, 32
 LANGUAGE_MODEL = """
@@ -53,11 +53,11 @@ def statistics() -> Statistics:
     rng = np.random.default_rng(1)
     uses = (
         UseStatistics(
-            "embedding", "input_ids", np.ones(COLUMNS, np.float32), rng.random(ROWS).astype("f4")
+            "embedding", "input_ids", np.ones(COLUMNS, np.float32), rng.random(ROWS).astype("f4"), 9
         ),
-        UseStatistics("linear", "d", np.eye(COLUMNS, dtype="f4"), rng.random(ROWS).astype("f4")),
+        UseStatistics("linear", "d", np.eye(COLUMNS, dtype="f4"), rng.random(ROWS).astype("f4"), 9),
     )
-    layer = UseStatistics("linear", "e", np.eye(COLUMNS, dtype="f4"), np.ones(COLUMNS, "f4"))
+    layer = UseStatistics("linear", "e", np.eye(COLUMNS, dtype="f4"), np.ones(COLUMNS, "f4"), 9)
     return Statistics(1, {"table": uses, "layer": (layer,)}, {"table": (1.0, 2.0), "layer": (1.0,)})
 
 
@@ -68,10 +68,10 @@ def sort(model: ir.Model, statistics: Statistics | None) -> ir.Model:
 
 def test_the_model_computes_the_same(model: ir.Model, statistics: Statistics) -> None:
     ids = {"input_ids": torch.from_numpy(np.random.default_rng(2).integers(0, ROWS, (2, 5)))}
-    expected = Interpreter(model).run(ids)["logits"]
+    logits = Interpreter(model).run(ids)["logits"]
     found = sort(model, statistics)
     assert not np.array_equal(graph.weight(found, "table"), graph.weight(model, "table"))
-    torch.testing.assert_close(Interpreter(found).run(ids)["logits"], expected)
+    torch.testing.assert_close(Interpreter(found).run(ids)["logits"], logits)
     assert found.graph.outputs[0].name == "logits"
 
 
@@ -82,7 +82,7 @@ def test_rows_fall_by_the_damage_of_their_errors(model: ir.Model, statistics: St
     table = graph.weight(model, "table")
     np.testing.assert_array_equal(graph.weight(found, "table"), table[order["table"]])
     lookup, head = statistics.uses["table"]
-    damage = (shrunk(lookup.rows) + 2 * shrunk(head.rows)) * np.square(table).sum(1)
+    damage = (expected(lookup.rows, lookup.count) + 2 * shrunk(head.rows)) * np.square(table).sum(1)
     assert (np.diff(damage[order["table"]]) <= 1e-6).all()
 
 
@@ -90,10 +90,10 @@ def test_statistics_follow_the_rows(model: ir.Model, statistics: Statistics) -> 
     order = sort_vocabulary.orders(sort(model, statistics))["table"]
     delta = torch.from_numpy(graph.weight(model, "table").copy())
     moved = statistics.sorted("table", order)
-    expected = statistics.damage("table", delta)[order]
-    torch.testing.assert_close(moved.damage("table", delta[order]), expected)
+    damage = statistics.damage("table", delta)[order]
+    torch.testing.assert_close(moved.damage("table", delta[order]), damage)
     part = moved.damage("table", delta[order][100:200], 100)
-    torch.testing.assert_close(part, expected[100:200])
+    torch.testing.assert_close(part, damage[100:200])
 
 
 def test_a_table_that_something_else_reads_stays(model: ir.Model, statistics: Statistics) -> None:
