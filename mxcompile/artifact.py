@@ -116,6 +116,11 @@ class Manifest:
     files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the program is for a GPU; its features name the architectures of GPUs too."""
+        return any(feature.startswith("sm_") for feature in self.target_features)
+
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON data, with a digest of itself."""
         data = dataclasses.asdict(self)

@@ -8,12 +8,10 @@ for that machine: the installed ones, or others from a folder.
 import gzip
 import hashlib
 import importlib.resources
-import importlib.util
 import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from mxcompile import artifact as artifacts
+from mxcompile import linker
 from mxcompile.artifact import Artifact
 from mxcompile.errors import ArtifactError, UsageError
 from mxcompile.files import whole
@@ -49,9 +48,6 @@ FLAGS: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
 RELEASE: Final = ("-O2",)
 LINK: Final = ("-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN", "-s", "-pthread")
 """Nothing names a symbol of TVM's runtime, which registers itself: it is linked all the same."""
-
-GLIBC: Final = "2.28"
-"""What a device must have at least, where Zig compiles; TVM's wheels ask for the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +92,13 @@ def machine_of(artifact: Artifact) -> str:
 
     Raises:
         ArtifactError: it is for none that the runner can be built for.
+        UsageError: it is for a GPU, which the runner knows nothing of.
     """
+    if artifact.manifest.on_gpu:
+        raise UsageError(
+            f"{artifact.folder} is for {artifact.manifest.target}: mxrun runs programs for CPUs; "
+            "on a machine with the GPU `mxcompile run` does"
+        )
     header = (artifact.folder / artifacts.CODE).read_bytes()[:20]
     number = int.from_bytes(header[18:20], "little")
     if header[:4] != b"\x7fELF" or number not in MACHINES:
@@ -239,22 +241,20 @@ def sources() -> Path:
 
 
 def compiler_for(machine: str, command: str | None) -> list[str]:
-    """The words of a C++ compiler's command for ``machine``; Zig's where there is no usual one.
+    """The words of a C++ compiler's command for ``machine``.
 
     Raises:
         UsageError: there is none here; says what to install.
     """
-    native = machine == platform.machine()
-    words = shlex.split(command or ("c++" if native else f"{machine}-linux-gnu-g++"))
-    if words and shutil.which(words[0]) is not None:
+    if command is not None:
+        words = shlex.split(command)
+        if not words or shutil.which(words[0]) is None:
+            raise UsageError(f"no C++ compiler for {machine}: '{command}' is not installed")
         return words
-    if command is None and importlib.util.find_spec("ziglang") is not None:
-        return [sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-gnu.{GLIBC}"]
-    package = "g++" if native else f"g++-{machine.replace('_', '-')}-linux-gnu"
-    raise UsageError(
-        f"no C++ compiler for {machine}: {words[0] if words else 'nothing'} is not installed; "
-        f"pip install ziglang, install {package}, or name one with --cxx"
-    )
+    try:
+        return linker.find(f"{machine}-linux-gnu", "c++")
+    except UsageError as error:
+        raise UsageError(f"{error}, or name one with --cxx") from error
 
 
 def build_runner(

@@ -11,26 +11,34 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Final, Literal
 
 from mxcompile.errors import UsageError
 
-_OWN = ("c++", "g++", "clang++", "cc", "gcc", "clang")
+GLIBC: Final = "2.28"
+"""What a device must have at least, where Zig links; TVM's wheels ask for the same."""
+
+_WORK: Final = {"cc": "links", "c++": "compiles C++"}
 
 
-def find(triple: str) -> list[str]:
-    """The command that links for a machine such as ``aarch64-linux-gnu``.
+def find(triple: str, language: Literal["cc", "c++"] = "cc") -> list[str]:
+    """The command that links for a machine such as ``aarch64-linux-gnu``, or compiles C++ for it.
 
     Raises:
         UsageError: there is none here; the text says what to install.
     """
     own = triple.split("-")[0] == platform.machine()
-    names = _OWN if own else tuple(f"{triple.replace('_', '-')}-{cc}" for cc in ("g++", "gcc"))
+    names = ["c++", "g++", "clang++"] if own else [f"{triple}-g++"]
+    if language == "cc":
+        names += ["cc", "gcc", "clang"] if own else [f"{triple}-gcc"]
     if found := next(filter(None, map(shutil.which, names)), None):
         return [found]
     if importlib.util.find_spec("ziglang") is not None:
-        return [sys.executable, "-m", "ziglang", "cc", "-target", triple]
+        return [sys.executable, "-m", "ziglang", language, "-target", f"{triple}.{GLIBC}"]
     package = "g++" if own else f"g++-{triple.replace('_', '-')}"
-    raise UsageError(f"nothing here links for {triple}: pip install ziglang, or install {package}")
+    raise UsageError(
+        f"nothing here {_WORK[language]} for {triple}: pip install ziglang, or install {package}"
+    )
 
 
 def link(triple: str, output: str, objects: Sequence[str]) -> None:

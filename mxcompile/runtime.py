@@ -94,8 +94,7 @@ class Program:
         artifacts.check_host(artifact, target.features())
         set_threads(cores() if threads is None else threads)
         found = weights.read(folder / artifacts.WEIGHTS)
-        on_gpu = any(f.startswith("sm_") for f in artifact.manifest.target_features)
-        device = Device.cuda() if on_gpu else Device()
+        device = Device.cuda() if artifact.manifest.on_gpu else Device()
         try:
             bound = interface().Array([device.tensor(found[n]) for n in artifact.manifest.weights])
         except KeyError as error:

@@ -24,6 +24,7 @@ from mxcompile import linker, target
 TRIPLE: Final = "aarch64-linux-gnu"
 ROOT: Final = Path(__file__).parent.parent
 RUNTIME: Final = ROOT / "build" / "aarch64" / "lib"
+WHEELS: Final = ROOT / "build" / "aarch64" / "wheels"
 COMPILER, EMULATOR = f"{TRIPLE}-g++", "qemu-aarch64-static"
 
 CPUS: Final = {"neon": "cortex-a72", "dotprod": "cortex-a76", "i8mm": "max"}
@@ -40,6 +41,11 @@ def require() -> None:
         pytest.skip(f"no emulated ARM machine without {', '.join(missing)}: see make arm")
 
 
+def emulator(instructions: str) -> list[str]:
+    """What to put before a command that runs on the CPU for a target's instructions."""
+    return [EMULATOR, "-cpu", CPUS[instructions], "-L", f"/usr/{TRIPLE}"]
+
+
 @cache
 def machine(instructions: str) -> "Machine":
     """The machine for a target's instructions, started once; it ends when the tests do."""
@@ -54,8 +60,7 @@ class Machine:
         self._target = target.find(f"arm-{instructions}")
         self._scratch = tempfile.TemporaryDirectory()
         self._count = 0
-        command = [EMULATOR, "-cpu", CPUS[instructions], "-L", f"/usr/{TRIPLE}"]
-        command += ["-E", f"LD_LIBRARY_PATH={RUNTIME}", str(self._driver())]
+        command = [*emulator(instructions), "-E", f"LD_LIBRARY_PATH={RUNTIME}", str(self._driver())]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
 

@@ -18,10 +18,7 @@ from tvm.support import cc
 
 from mxcompile import artifact, cli, deploy
 from mxcompile.errors import ArtifactError, UsageError
-from tests import conftest, toy
-
-WHEELS = Path(__file__).parent.parent / "build" / "aarch64" / "wheels"
-"""Where TVM's wheels for ARM may lie; see the README for how they get there."""
+from tests import arm, conftest, toy
 
 VERSIONS = {name: metadata.version(package) for name, (package, _) in deploy.LIBRARIES.items()}
 FEEDS = {
@@ -161,7 +158,7 @@ def test_what_is_not_here_is_named(graph: Path, tmp_path: Path) -> None:
         deploy.deploy(folder, archive)
     with pytest.raises(UsageError, match=rf"has no apache_tvm-.*_{other}\.whl"):
         deploy.deploy(folder, archive, wheels=tmp_path)
-    with pytest.raises(UsageError, match=r"no C\+\+ compiler for .*: no-such is not installed"):
+    with pytest.raises(UsageError, match=r"no C\+\+ compiler for .*: 'no-such --flag' is not inst"):
         deploy.deploy(graph, archive, compiler="no-such --flag")
     with pytest.raises(UsageError, match="false failed"):
         deploy.deploy(graph, archive, compiler="false")
@@ -177,15 +174,26 @@ def test_zig_compiles_where_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -
     for machine in deploy.MACHINES.values():
         native = machine == platform.machine()
         package = "g++" if native else f"g++-{machine.replace('_', '-')}-linux-gnu"
-        with pytest.raises(
-            UsageError, match=rf"pip install ziglang, install {re.escape(package)},"
-        ):
+        message = rf"pip install ziglang, or install {re.escape(package)}, or .* --cxx"
+        with pytest.raises(UsageError, match=message):
             deploy.compiler_for(machine, None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "ziglang")
     words = deploy.compiler_for("aarch64", None)
     assert words[1:] == ["-m", "ziglang", "c++", "-target", "aarch64-linux-gnu.2.28"]
-    with pytest.raises(UsageError, match="own is not installed"):
+    with pytest.raises(UsageError, match="'own' is not installed"):
         deploy.compiler_for("aarch64", "own")
+
+
+def test_a_program_for_a_gpu_is_refused(
+    graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(graph, tmp_path / "graph.mxc"))
+    toy.edit_manifest(folder, target="cuda-sm87", target_features=["sm_80", "sm_87"])
+    archive = tmp_path / "device.tar.gz"
+    assert cli.main(["deploy", str(folder), "-o", str(archive)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is for cuda-sm87: mxrun runs programs for CPUs" in line
+    assert not archive.exists()
 
 
 def test_the_verb(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,16 +205,12 @@ def test_the_verb(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_an_emulated_arm_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
-    lacking = [name for name in (compiler, emulator) if shutil.which(name) is None]
-    lacking += [] if list(WHEELS.glob("*aarch64.whl")) else [f"{WHEELS}: see make arm"]
-    if lacking:
-        pytest.skip(f"no emulated ARM machine without {', '.join(lacking)}")
+    arm.require()
 
     def cross(builder: tvm.relax.BlockBuilder, path: Path) -> None:
         target = tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "num-cores": 2})
         program = tvm.compile(builder.get(), target=target)
-        program.export_library(str(path), fcompile=cc.cross_compiler(compiler))
+        program.export_library(str(path), fcompile=cc.cross_compiler(arm.COMPILER))
 
     monkeypatch.setattr(toy, "_compile", cross)
     toy.compile_graph(tmp_path / "graph.so")
@@ -214,8 +218,8 @@ def test_an_emulated_arm_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         code, scale = tmp_path / "graph.so", {"w": toy.SCALE}
         artifact.write(folder, toy.graph_manifest(), code=code, weights=scale, plan=toy.PLAN)
     made = deploy.deploy(
-        tmp_path / "graph.mxc", tmp_path / "arm.tar.gz", wheels=WHEELS, cache=conftest.RUNNERS
+        tmp_path / "graph.mxc", tmp_path / "arm.tar.gz", wheels=arm.WHEELS, cache=conftest.RUNNERS
     )
     assert made.machine == "aarch64"
     (tmp_path / "device").mkdir()
-    unpack_and_run(made.archive, tmp_path / "device", [emulator, "-L", "/usr/aarch64-linux-gnu"])
+    unpack_and_run(made.archive, tmp_path / "device", arm.emulator("neon"))

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
-from mxcompile import cli, evaluate, gpu, graph, inspection, passes, target, weights
+from mxcompile import cli, deploy, evaluate, gpu, graph, inspection, passes, target, weights
 from mxcompile.artifact import Artifact
 from mxcompile.compiler import Job, compile_model, price_model
 from mxcompile.errors import (
@@ -35,7 +36,7 @@ from mxcompile.runtime import Program, Session
 from mxcompile.simulate import SimulatedSource
 from mxcompile.targets import packing
 from mxcompile.text import TextModel
-from tests import arm, cuda
+from tests import arm, conftest, cuda
 
 TINYLM = Path(__file__).parents[1] / "models" / "tinylm"
 PROMPT = "In the beginning God created the heaven and the earth."
@@ -73,11 +74,17 @@ def mixed_plan(tinylm: Path) -> Path:
 def compile_tiny(
     tinylm: Path, mixed_plan: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Artifact, Path]]:
-    """Compile with float or int8 activations, once each; gives the artifact and its Q/DQ model."""
-    done: dict[tuple[str, str], tuple[Artifact, Path]] = {}
+    """Compile with float or int8 activations, once each; gives the artifact and its Q/DQ model.
 
-    def build(activations: str, where: str = "x86") -> tuple[Artifact, Path]:
-        if (activations, where) not in done:
+    A quick one is quantized without error feedback, which takes long and no kernel sees.
+    """
+    done: dict[tuple[str, str, bool], tuple[Artifact, Path]] = {}
+    plain = Quantizer.of(None)
+
+    def build(
+        activations: str, where: str = "x86", *, quick: bool = False
+    ) -> tuple[Artifact, Path]:
+        if (activations, where, quick) not in done:
             folder = tmp_path_factory.mktemp(activations)
             emitted = folder / "qdq.onnx"
             job = Job(
@@ -92,8 +99,11 @@ def compile_tiny(
                 plan=mixed_plan,
                 cache=tinylm.parent,
             )
-            done[activations, where] = compile_model(job, Progress()), emitted
-        return done[activations, where]
+            with pytest.MonkeyPatch.context() as patch:
+                if quick:
+                    patch.setattr(Quantizer, "of", lambda _: plain)
+                done[activations, where, quick] = compile_model(job, Progress()), emitted
+        return done[activations, where, quick]
 
     return build
 
@@ -177,14 +187,6 @@ CUDA_READINGS = [
 ]
 
 
-@pytest.fixture
-def quick_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quantize without error feedback, which takes most of the time and no kernel sees."""
-    plain = Quantizer.of(None)
-    monkeypatch.setattr(Quantizer, "of", lambda _: plain)
-
-
-@pytest.mark.usefixtures("quick_quantizer")
 @pytest.mark.parametrize("where", CUDA_READINGS)
 def test_cuda_kernels_decode_as_their_emitted_onnx(
     where: str,
@@ -198,7 +200,7 @@ def test_cuda_kernels_decode_as_their_emitted_onnx(
     """
     if where == CUDA_ON_CPU.name:
         monkeypatch.setattr(target, "find", lambda _: CUDA_ON_CPU)
-    built, emitted = compile_tiny("int8", where)
+    built, emitted = compile_tiny("int8", where, quick=True)
     assert built.manifest.quality, "the artifact was not verified"
     session = Session(Program.load(built.folder))
     tokens = np.random.default_rng(2).integers(0, session.vocabulary, 40).tolist()
@@ -213,13 +215,12 @@ def test_cuda_kernels_decode_as_their_emitted_onnx(
     assert (chosen >= expected.max(1) - 2 * difference).all()
 
 
-@pytest.mark.usefixtures("quick_quantizer")
 def test_cuda_artifacts_hold_machine_code(
     compile_tiny: Callable[..., tuple[Artifact, Path]],
 ) -> None:
     """A machine without the GPU compiles for it, says that it did not verify, and cannot run it."""
     cuda.require_compiler()
-    built, _ = compile_tiny("int8", "cuda-sm80")
+    built, _ = compile_tiny("int8", "cuda-sm80", quick=True)
     code = (built.folder / "model.so").read_bytes()
     assert set(cuda.cubins(code)) == {"sm_80"}
     assert b"__global__" not in code
@@ -466,7 +467,28 @@ def arm_decoder(built: Artifact, packed: Path) -> Callable[[list[int]], np.ndarr
     return feed
 
 
-@pytest.mark.usefixtures("quick_quantizer")
+def test_what_arm_is_sent_writes_the_same_text(
+    compile_tiny: Callable[..., tuple[Artifact, Path]], mxrun: Path, tmp_path: Path
+) -> None:
+    """Compile, deploy, unpack, run: all that a device needs is in the archive."""
+    arm.require()
+    machines = ("x86", "raspberry-pi-5")
+    here, there = (compile_tiny("fp32", where, quick=True)[0] for where in machines)
+    archive = tmp_path / "device.tar.gz"
+    deploy.deploy(there.folder, archive, wheels=arm.WHEELS, cache=conftest.RUNNERS)
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / there.folder.stem
+    sent = [*arm.emulator("dotprod"), unpacked / "mxrun", unpacked / there.folder.name]
+    words = ["--prompt", PROMPT, "-n", "64", "--json"]
+    found, expected = (
+        json.loads(subprocess.run([*command, *words], capture_output=True, check=True).stdout)
+        for command in (sent, [mxrun, here.folder])
+    )
+    assert len(found["tokens"]) == 64
+    assert (found["tokens"], found["text"]) == (expected["tokens"], expected["text"])
+
+
 @pytest.mark.parametrize("activations", ["fp32", "int8"])
 def test_arm_decodes_as_x86_does(
     activations: str, tinylm: Path, compile_tiny: Callable[..., tuple[Artifact, Path]]
@@ -478,7 +500,8 @@ def test_arm_decodes_as_x86_does(
     the other machine does not choose must be as good as its choice but for twice what they differ.
     """
     arm.require()
-    here, there = (compile_tiny(activations, where)[0] for where in ("x86", "raspberry-pi-5"))
+    machines = ("x86", "raspberry-pi-5")
+    here, there = (compile_tiny(activations, where, quick=True)[0] for where in machines)
     assert here.manifest.weights == there.manifest.weights
     assert not there.manifest.quality, "an ARM program was verified on a machine that has no ARM"
     feed = arm_decoder(there, here.folder / "weights.safetensors")
