@@ -44,6 +44,7 @@ _DRIVER_CALLS: Final = (
 )
 """What TVM's library takes from the driver."""
 
+_EM_CUDA: Final = 190  # in the header of an ELF file
 _NO_DEVICE: Final = 100  # CUDA_ERROR_NO_DEVICE
 
 
@@ -150,3 +151,20 @@ def _load_driver_of_no_device() -> None:
         options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(code)]
         subprocess.run([compiler, *options], capture_output=True, check=True)
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+def cubins(library: bytes) -> list[str]:
+    """The architectures, such as "sm_80", of the CUDA ELF files within a file, in order."""
+    found, at = [], library.find(b"\x7fELF")
+    while at >= 0:
+        machine = int.from_bytes(library[at + 18 : at + 20], "little")
+        if machine == _EM_CUDA:
+            flags = int.from_bytes(library[at + 48 : at + 52], "little")
+            found.append(f"sm_{flags >> 8 & 0xFF}")
+        at = library.find(b"\x7fELF", at + 4)
+    return found
+
+
+def has_source(library: bytes) -> bool:
+    """Whether a file holds CUDA source or PTX, which a device would have to compile."""
+    return any(mark in library for mark in (b"__global__", b".visible .entry"))

@@ -157,5 +157,11 @@ class Machine:
         return rest
 
 
+def build(builder: Any, path: Path) -> None:
+    """Compile what a BlockBuilder holds for any ARM machine."""
+    compiling = tvm.target.Target({"kind": "llvm", "mtriple": TRIPLE, "num-cores": 2})
+    tvm.compile(builder.get(), target=compiling).export_library(str(path), fcompile=_link)
+
+
 def _link(output: str, objects: list[str], **_options: Any) -> None:
     linker.link(TRIPLE, output, objects)

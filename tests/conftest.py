@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 from mxcompile import artifact, deploy, target
-from tests import toy
+from tests import arm, toy
 
 # The same examples every time: a run that fails can be repeated. To search for more, run
 # pytest with --hypothesis-profile=default.
@@ -21,9 +21,19 @@ settings.load_profile("repeatable")
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with artifacts of the toy decoder and of a plain graph: copy before changing."""
-    folder = tmp_path_factory.mktemp("compiled")
-    toy.compile_decoder(folder / "toy.so")
-    toy.compile_graph(folder / "graph.so")
+    return _compile(tmp_path_factory.mktemp("compiled"), toy.build)
+
+
+@pytest.fixture(scope="session")
+def compiled_for_arm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for the emulated ARM machine."""
+    arm.require()
+    return _compile(tmp_path_factory.mktemp("arm"), arm.build)
+
+
+def _compile(folder: Path, build: toy.Build) -> Path:
+    toy.compile_decoder(folder / "toy.so", build)
+    toy.compile_graph(folder / "graph.so", build)
     toy.write_tokenizer(folder)
     with artifact.staged(folder / "toy.mxc") as staging:
         built = artifact.write(
@@ -61,9 +71,19 @@ def mxrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runner for this machine, with TVM's libraries beside it."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
+    return _runner(platform.machine(), None, tmp_path_factory.mktemp("runner"))
+
+
+@pytest.fixture(scope="session")
+def mxrun_for_arm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for the emulated ARM machine."""
+    arm.require()
+    return _runner("aarch64", arm.WHEELS, tmp_path_factory.mktemp("runner"))
+
+
+def _runner(kind: str, wheels: Path | None, folder: Path) -> Path:
     versions = {name: metadata.version(package) for name, (package, _) in deploy.LIBRARIES.items()}
-    folder = tmp_path_factory.mktemp("runner")
-    with deploy.runtime(platform.machine(), versions, None) as found:
+    with deploy.runtime(kind, versions, wheels) as found:
         for path in (*deploy.build_runner(found, None, RUNNERS), *found.libraries):
             shutil.copy(path, folder)
     return folder / "mxrun"

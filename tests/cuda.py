@@ -1,6 +1,5 @@
 """Two readings of the CUDA kernels: serially on this CPU, and on the GPU where there is one."""
 
-import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,6 @@ from mxcompile.targets import cuda_binary, cuda_schedule
 from mxcompile.targets.cuda_attention import CudaAttention
 from mxcompile.targets.cuda_matmul import CudaMatmul
 from mxcompile.targets.cuda_norm import CudaNorm
-
-EM_CUDA = 190
 
 
 @dataclass(frozen=True)
@@ -72,18 +69,6 @@ def build_cuda(mod: Any, arch: str) -> Any:
     tvm_target = tvm.target.Target(dict(where.tvm))
     with tvm_target, cuda_binary.embedding(arch):
         return tvm.tirx.build(mod, target=tvm_target, pipeline=cuda_schedule.pipeline())
-
-
-def cubins(library: bytes) -> list[str]:
-    """The architectures of the CUDA ELF files within a shared library, in order."""
-    found, at = [], library.find(b"\x7fELF")
-    while at >= 0:
-        (machine,) = struct.unpack_from("<H", library, at + 18)
-        if machine == EM_CUDA:
-            (flags,) = struct.unpack_from("<I", library, at + 48)
-            found.append(f"sm_{flags >> 8 & 0xFF}")
-        at = library.find(b"\x7fELF", at + 4)
-    return found
 
 
 def require_compiler() -> None:

@@ -15,7 +15,7 @@ from mxcompile.targets.cpu_norm import Runs
 from mxcompile.targets.cuda_attention import CudaAttention
 from mxcompile.targets.cuda_matmul import CudaMatmul
 from mxcompile.targets.cuda_norm import CudaNorm
-from tests.cuda import build_cuda, cubins, machine, require_compiler
+from tests.cuda import build_cuda, machine, require_compiler
 
 SOURCE = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2; }'
 NORM = CudaNorm().rms_norm(Runs(64), 1e-6)
@@ -36,16 +36,22 @@ def test_libraries_hold_machine_code_and_no_source(arch: str, tmp_path: Path) ->
 
     tvm.runtime.Executable(built).export_library(str(path), fcompile=link)
     library = path.read_bytes()
-    assert cubins(library) == [arch]
-    assert b"__global__" not in library
-    assert b".visible .entry" not in library  # PTX
+    assert cuda_binary.cubins(library) == [arch]
+    assert not cuda_binary.has_source(library)
+
+
+def test_source_and_ptx_are_told() -> None:
+    require_compiler()
+    assert cuda_binary.has_source(SOURCE.encode())
+    assert cuda_binary.has_source(b".version 9.0\n.visible .entry twice(")
+    assert not cuda_binary.has_source(cuda_binary.cubin(SOURCE, "sm_80"))
 
 
 def test_nvrtc_of_the_package_index_serves_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     if gpu.wheels() is None:
         pytest.skip("nvidia-cuda-nvrtc is not installed")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert cubins(cuda_binary.cubin(SOURCE, "sm_87")) == ["sm_87"]
+    assert cuda_binary.cubins(cuda_binary.cubin(SOURCE, "sm_87")) == ["sm_87"]
 
 
 def test_what_is_not_cuda_is_refused_with_the_reason() -> None:

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tvm
-from tvm.support import cc
 
 from mxcompile import artifact, cli, deploy
 from mxcompile.errors import ArtifactError, UsageError
@@ -204,22 +202,12 @@ def test_the_verb(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "no C++ compiler" in capsys.readouterr().err
 
 
-def test_an_emulated_arm_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arm.require()
-
-    def cross(builder: tvm.relax.BlockBuilder, path: Path) -> None:
-        target = tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "num-cores": 2})
-        program = tvm.compile(builder.get(), target=target)
-        program.export_library(str(path), fcompile=cc.cross_compiler(arm.COMPILER))
-
-    monkeypatch.setattr(toy, "_compile", cross)
-    toy.compile_graph(tmp_path / "graph.so")
-    with artifact.staged(tmp_path / "graph.mxc") as folder:
-        code, scale = tmp_path / "graph.so", {"w": toy.SCALE}
-        artifact.write(folder, toy.graph_manifest(), code=code, weights=scale, plan=toy.PLAN)
+def test_an_emulated_arm_machine(compiled_for_arm: Path, tmp_path: Path) -> None:
     made = deploy.deploy(
-        tmp_path / "graph.mxc", tmp_path / "arm.tar.gz", wheels=arm.WHEELS, cache=conftest.RUNNERS
+        compiled_for_arm / "graph.mxc",
+        tmp_path / "arm.tar.gz",
+        wheels=arm.WHEELS,
+        cache=conftest.RUNNERS,
     )
     assert made.machine == "aarch64"
-    (tmp_path / "device").mkdir()
-    unpack_and_run(made.archive, tmp_path / "device", arm.emulator("neon"))
+    unpack_and_run(made.archive, tmp_path, arm.emulator("neon"))

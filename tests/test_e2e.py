@@ -34,7 +34,7 @@ from mxcompile.plan import PrecisionPlan, TileFormats
 from mxcompile.progress import Progress
 from mxcompile.runtime import Program, Session
 from mxcompile.simulate import SimulatedSource
-from mxcompile.targets import packing
+from mxcompile.targets import cuda_binary, packing
 from mxcompile.text import TextModel
 from tests import arm, conftest, cuda
 
@@ -222,8 +222,8 @@ def test_cuda_artifacts_hold_machine_code(
     cuda.require_compiler()
     built, _ = compile_tiny("int8", "cuda-sm80", quick=True)
     code = (built.folder / "model.so").read_bytes()
-    assert set(cuda.cubins(code)) == {"sm_80"}
-    assert b"__global__" not in code
+    assert set(cuda_binary.cubins(code)) == {"sm_80"}
+    assert not cuda_binary.has_source(code)
     if "sm_80" in target.features():
         assert built.manifest.quality
         return

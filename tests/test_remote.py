@@ -2,10 +2,14 @@
 
 import json
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tvm import rpc
@@ -17,8 +21,9 @@ from mxcompile.progress import Progress
 from mxcompile.records import Case
 from mxcompile.remote import Device, Fleet, Tracker
 from mxcompile.target import Target
+from mxcompile.targets.cpu_matmul import Knobs
 from mxcompile.tune import SessionMeasurer
-from tests import conftest
+from tests import arm, conftest
 
 HOST, KEY = "127.0.0.1", "board"
 CASES = [Case(fmt, 40, 70, batch, 1) for fmt in ("int3", "int4") for batch in (1, 3)]
@@ -86,6 +91,59 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_says_what_it_is(board: Tracker, here: Target) -> None:
     device = Device.connect(board, here.triple)
     assert device.machine == machine.here()
+
+
+@contextmanager
+def serving(command: list[str], address: str, key: str) -> Iterator[Tracker]:
+    """A runner that serves, listed."""
+    words = ["--serve", "--tracker", address, "--key", key, "--port", "23000"]
+    with subprocess.Popen([*command, *words], stderr=subprocess.DEVNULL) as server:
+        try:
+            while not listed(address, key):
+                assert server.poll() is None
+                time.sleep(0.01)
+            yield Tracker.parse(address, key)
+        finally:
+            server.kill()
+
+
+def test_mxrun_serves_as_python_does(
+    address: str, here: Target, compiled: Path, mxrun: Path, tmp_path: Path
+) -> None:
+    with serving([str(mxrun)], address, "mxrun") as tracker:
+        first = Device.connect(tracker, here.triple)
+        assert first.machine == machine.here()
+        (found,) = Fleet(tracker, here, tmp_path, Progress()).tune(CASES[:1], first, TRIALS)
+        assert (found.case, found.trials) == (CASES[0], 2)
+        del first  # one session at a time
+        rows = bench(compiled / "toy.mxc", tracker)
+        assert [row["test"] for row in rows] == ["pp16", "tg4"]
+
+
+def test_a_device_of_another_kind_is_measured(
+    address: str, compiled_for_arm: Path, mxrun_for_arm: Path
+) -> None:
+    """Kernels and the runner are compiled here, for an ARM machine that is emulated."""
+    where = target.find("raspberry-pi-5")
+    with serving([*arm.emulator("dotprod"), str(mxrun_for_arm)], address, "arm") as tracker:
+        device = Device.connect(tracker, where.triple)
+        # The emulator shows this machine's /proc/cpuinfo.
+        features = f"Features : {' '.join(where.requires)}\nCPU part : 0xd0b\n"
+        device = replace(device, machine=replace(device.machine, cpuinfo=features))
+        measurer = device.measurer(where, threading.Lock())
+        assert measurer.hardware.startswith("0xd0b x")
+        assert measurer.microseconds(CASES[0], Knobs()) > 0
+        del device, measurer
+        rows = bench(compiled_for_arm / "toy.mxc", tracker, wheels=arm.WHEELS)
+        assert all(row["tokens_per_s"] > 0 for row in rows)
+        wrong = pytest.raises(UsageError, match="asked to run code for x86_64-linux-gnu, says: ")
+        with wrong:
+            Device.connect(tracker, "x86_64-linux-gnu")
+
+
+def bench(folder: Path, tracker: Tracker, **options: Any) -> list[dict[str, Any]]:
+    counts: dict[str, Any] = {"prompt": 16, "generate": 4, "threads": (1,), "repetitions": 2}
+    return remote.bench(folder, tracker, **counts, cache=conftest.RUNNERS, **options)
 
 
 def test_two_devices_tune_side_by_side(
@@ -194,15 +252,7 @@ def test_a_benchmark_has_the_keys_of_a_local_one(
     words = ["bench", str(folder), "-p", "16", "-n", "4", "-r", "2", "-t", "1", "--json"]
     assert cli.main(words) == 0
     local = json.loads(capsys.readouterr().out)
-    far = remote.bench(
-        folder,
-        board,
-        prompt=16,
-        generate=4,
-        threads=(1,),
-        repetitions=2,
-        cache=conftest.RUNNERS,
-    )
+    far = bench(folder, board)
     measured = {"tokens_per_s", "stddev"}
     for here, there in zip(local, far, strict=True):
         assert here.keys() == there.keys()
@@ -215,15 +265,7 @@ def test_a_benchmark_has_the_keys_of_a_local_one(
 def test_what_the_device_refuses_is_said(board: Tracker, compiled: Path, mxrun: Path) -> None:
     assert mxrun.is_file()
     with pytest.raises(UsageError, match=r"says: .*is not a language model"):
-        remote.bench(
-            compiled / "graph.mxc",
-            board,
-            prompt=1,
-            generate=1,
-            threads=(),
-            repetitions=1,
-            cache=conftest.RUNNERS,
-        )
+        bench(compiled / "graph.mxc", board)
 
 
 @pytest.mark.parametrize("verb", ["bench", "tune"])

@@ -325,6 +325,8 @@ def test_a_vocabulary_that_the_program_lacks(run: Run, damaged: Path) -> None:
         ([], "one of --prompt"),
         (["--prompt"], "--prompt needs a value"),
         (["--prompt", "abc", "--bench"], "one of --prompt"),
+        (["--serve", "--key", "k"], "--serve needs --tracker HOST:PORT and --key KEY"),
+        (["--serve", "--tracker", "9190", "--key", "k"], "--tracker '9190' is not HOST:PORT"),
         (["--prompt", "abc", "-n", "x"], "'x' is not a whole number"),
         (["--prompt", "abc", "--temperature", "-1"], "temperature -1"),
         (["--prompt", "abc", "--temperature", "nan"], "temperature nan"),

@@ -8,6 +8,7 @@ times the embeddings. So they depend on every token in the cache, and numpy can 
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,16 @@ def logits(tokens: list[int]) -> NDArray[Any]:
     return np.asarray(np.cumsum(table[tokens], 0) @ table.T + 0.5)
 
 
-def compile_decoder(path: Path) -> None:
+def build(builder: Any, path: Path) -> None:
+    """Compile what a BlockBuilder holds for this machine."""
+    target = tvm.target.Target({"kind": "llvm", "num-cores": 2})
+    tvm.compile(builder.get(), target=target).export_library(str(path))
+
+
+Build = Callable[[Any, Path], None]
+
+
+def compile_decoder(path: Path, build: Build = build) -> None:
     """Write the toy's shared library."""
     seq, count, capacity = (tvm.tirx.Var(n, "int64") for n in ("seq", "count", "capacity"))
 
@@ -124,10 +134,10 @@ def compile_decoder(path: Path) -> None:
             out = relax.call_tir(read, [at, past, kept, table, bias], out_ty=found)
             out = builder.emit_output(out)
         builder.emit_func_output(out)
-    _compile(builder, path)
+    build(builder, path)
 
 
-def compile_graph(path: Path) -> None:
+def compile_graph(path: Path, build: Build = build) -> None:
     """Write a program of two inputs and two outputs: ``x * w`` and ``x + y``."""
     rows = tvm.tirx.Var("rows", "int64")
     matrix = relax.TensorType((rows, 4), "float32")
@@ -140,12 +150,7 @@ def compile_graph(path: Path) -> None:
             both = relax.Tuple([product, builder.emit(relax.op.add(x, y))])
             out = builder.emit_output(both)
         builder.emit_func_output(out)
-    _compile(builder, path)
-
-
-def _compile(builder: Any, path: Path) -> None:
-    target = tvm.target.Target({"kind": "llvm", "num-cores": 2})
-    tvm.compile(builder.get(), target=target).export_library(str(path))
+    build(builder, path)
 
 
 def manifest(**changes: Any) -> Manifest:

@@ -16,6 +16,7 @@
 #include "handles.h"
 #include "json.h"
 #include "npz.h"
+#include "serve.h"
 
 namespace {
 
@@ -23,6 +24,7 @@ constexpr const char* kHelp = R"(usage: mxrun MODEL.mxc --prompt TEXT [options]
        mxrun MODEL.mxc --input IN.npz --output OUT.npz [-t N]
        mxrun MODEL.mxc --bench [-p N] [-n N] [-t N,..] [-r N]
        mxrun MODEL.mxc|tokenizer.json --encode|--decode
+       mxrun --serve --tracker HOST:PORT --key KEY [--port N]
 
 --prompt TEXT     continue a text; - reads it from standard input
   -n, --tokens N    at most (default: 128)
@@ -36,6 +38,8 @@ constexpr const char* kHelp = R"(usage: mxrun MODEL.mxc --prompt TEXT [options]
 --input, --output arrays to run a model on, and where its results go
 --bench           tokens a second, as JSON; -p and -n as for mxcompile bench, -r repetitions
 --encode          lines of JSON strings to lines of tokens; --decode is the other way
+--serve           let `mxcompile tune` and `bench --rpc` measure here: for a network that is
+                  trusted, as whoever reaches it can run anything; --port is the first to try
 -t, --threads N   (default: one a physical core)
 --version, --help
 
@@ -56,6 +60,8 @@ struct Options {
     mx_sampling sampling = {0, 1, 0};
     int64_t prompt_tokens = 256, tokens = -1, context = 0, repetitions = 5;
     std::vector<int> threads;
+    bool serve = false;
+    mx::ServeOptions serving;
 };
 
 int64_t whole(const std::string& text, const std::string& option, int64_t least) {
@@ -128,6 +134,14 @@ Options parse(int argc, char** argv) {
             options.output = value();
         } else if (word == "--bench") {
             options.bench = true;
+        } else if (word == "--serve") {
+            options.serve = true;
+        } else if (word == "--tracker") {
+            options.serving.tracker = value();
+        } else if (word == "--key") {
+            options.serving.key = value();
+        } else if (word == "--port") {
+            options.serving.port = static_cast<int>(whole(value(), word, 1));
         } else if (word == "--encode") {
             options.encode = true;
         } else if (word == "--decode") {
@@ -145,6 +159,12 @@ Options parse(int argc, char** argv) {
         } else {
             mx::fail("more than one model: " + word + "; see mxrun --help");
         }
+    }
+    if (options.serve) {
+        if (options.serving.tracker.empty() || options.serving.key.empty()) {
+            mx::fail("--serve needs --tracker HOST:PORT and --key KEY");
+        }
+        return options;
     }
     if (options.model.empty()) mx::fail("no model; see mxrun --help");
     if (options.input.empty() != options.output.empty()) mx::fail("--input and --output go together");
@@ -277,6 +297,7 @@ void translate(const Options& options, mx_model* model) {
 }
 
 void run(const Options& options) {
+    if (options.serve) mx::serve(options.serving);
     check(mx_set_threads(options.threads.empty() ? 0 : options.threads[0]));
     const mx::ModelHandle model = mx::open_model(options.model);
     mx_model* opened = model.get();
