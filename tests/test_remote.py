@@ -179,9 +179,18 @@ class Notes(Progress):
         self.said.append(text)
 
 
-def dies_in_its_first_trial(
-    first: Device, server: rpc.Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def mortal(
+    request: pytest.FixtureRequest,
+    address: str,
+    start: Callable[[str], rpc.Server],
+    here: Target,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[Tracker, Device]:
+    """A device that dies in its first trial, the only one that goes by the test's name."""
+    server = start(request.node.name)
+    tracker = Tracker.parse(address, request.node.name)
+    first = Device.connect(tracker, here.triple)
     time_one = SessionMeasurer._time
 
     def die(self: SessionMeasurer, library: Path, case: Case, copies: int) -> float:
@@ -190,22 +199,19 @@ def dies_in_its_first_trial(
         return time_one(self, library, case, copies)
 
     monkeypatch.setattr(SessionMeasurer, "_time", die)
+    return tracker, first
 
 
 def test_a_device_that_dies_costs_its_trial(
-    address: str,
+    mortal: tuple[Tracker, Device],
     start: Callable[[str], rpc.Server],
     here: Target,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    mortal = start("mortal")
-    tracker = Tracker.parse(address, "mortal")
-    first = Device.connect(tracker, here.triple)
-    start("mortal")
+    tracker, first = mortal
+    start(tracker.key)
     while tracker.devices() < 2:
         time.sleep(0.01)
-    dies_in_its_first_trial(first, mortal, monkeypatch)
     notes = Notes()
     found = list(Fleet(tracker, here, tmp_path, notes).tune(CASES, first, TRIALS))
     assert sorted(map(str, CASES)) == sorted(str(outcome.case) for outcome in found)
@@ -215,16 +221,9 @@ def test_a_device_that_dies_costs_its_trial(
 
 
 def test_when_all_devices_die_what_is_left_is_said(
-    address: str,
-    start: Callable[[str], rpc.Server],
-    here: Target,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    mortal: tuple[Tracker, Device], here: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only = start("only")
-    tracker = Tracker.parse(address, "only")
-    first = Device.connect(tracker, here.triple)
-    dies_in_its_first_trial(first, only, monkeypatch)
+    tracker, first = mortal
     monkeypatch.setattr(remote, "CONNECT_SECONDS", 1)
     with pytest.raises(DeviceError, match="no device is left, 2 cases are not tuned"):
         list(Fleet(tracker, here, tmp_path, Progress()).tune(CASES[:2], first, TRIALS))

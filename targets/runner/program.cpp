@@ -276,7 +276,6 @@ const float* Session::feed(const uint32_t* tokens, size_t count) {
     check(tokens, count);
     for (size_t at = 0; at < count; at += kChunk) {
         const size_t size = std::min(count - at, static_cast<size_t>(kChunk));
-        logits_ = {};  // its memory, still in the caches, serves the next ones
         logits_ = step(tokens + at, static_cast<int64_t>(size), false);
     }
     return static_cast<const float*>(logits_.data_ptr());
