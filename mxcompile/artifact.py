@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 
 from mxcompile import weights as weight_file
 from mxcompile.errors import ArtifactError, PlanError, UsageError
+from mxcompile.formats import CACHE_FORMATS
 from mxcompile.plan import PrecisionPlan
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MANIFEST: Final = "manifest.json"
 CODE: Final = "model.so"
 WEIGHTS: Final = "weights.safetensors"
@@ -57,18 +58,34 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayer:
-    """The shape of one attention layer's keys and values."""
+    """One attention layer's keys and values: their shape, and the names of their formats."""
 
     kv_heads: int
     head_dim: int
+    key: str
+    value: str
+
+    @property
+    def token_bytes(self) -> int:
+        """The bytes that a token of context takes."""
+        formats = (CACHE_FORMATS[name] for name in (self.key, self.value))
+        return sum(self.kv_heads * fmt.row_bytes(self.head_dim) for fmt in formats)
 
 
 @dataclass(frozen=True, slots=True)
 class KvCache:
-    """The caches a decoder takes: a key and a value tensor a layer."""
+    """The caches a decoder takes: what each layer has, and the tensors in the program's order.
 
-    dtype: str
+    A tensor is [batch, kv heads, max_length, columns]; a quantized cache is two of them.
+    """
+
     layers: tuple[CacheLayer, ...]
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def token_bytes(self) -> int:
+        """The bytes that a token of context takes in all layers."""
+        return sum(layer.token_bytes for layer in self.layers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
 """How fast an artifact reads and writes, as llama-bench measures it.
 
-``ppN`` runs a prompt of N tokens, ``tgN`` generates N tokens one by one after an empty context.
-The tokens are random; choosing and printing tokens is not measured.
+``ppN`` runs a prompt of N tokens, ``tgN`` generates N tokens one by one: after an empty context, or
+``@ dN`` after N tokens of it. The tokens are random; choosing and printing tokens is not measured.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +24,54 @@ def bench(
     generate: int,
     threads: Sequence[int],
     repetitions: int,
+    depths: Sequence[int] = (0,),
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure both tests, skipping one of no tokens, at each number of threads.
+    """Measure both tests, skipping one of no tokens, at each depth and number of threads.
 
     Returns:
         A row a test: the median of the repetitions and their standard deviation.
 
     Raises:
-        UsageError: the artifact is not a language model, or there are not so many CPUs.
+        UsageError: the artifact is not a language model, the context is too short, or there are not
+            so many CPUs.
     """
     program = Program.load(folder, max(threads))
     session = Session(program)
-    tokens = np.random.default_rng(0).integers(0, session.vocabulary, max(prompt, generate))
-    tests: list[tuple[str, int, Callable[[], None]]] = [
-        (f"pp{prompt}", prompt, lambda: _read(session, tokens[:prompt])),
-        (f"tg{generate}", generate, lambda: _write(session, tokens[:generate])),
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, session.vocabulary, max(prompt, generate))
+    before = random.integers(0, session.vocabulary, max(depths))
+    tests = [
+        (name, depth, count, size, run)
+        for depth in depths
+        for count in threads
+        for name, size, run in ((f"pp{prompt}", prompt, _read), (f"tg{generate}", generate, _write))
+        if size
     ]
-    tests = [test for test in tests if test[1]]
     rows = []
-    with (progress or Progress()).stage("bench", len(threads) * len(tests)) as advance:
-        for count in threads:
+    with (progress or Progress()).stage("bench", len(tests)) as advance:
+        for name, depth, count, size, run in tests:
             set_threads(count)
-            for name, size, run in tests:
-                rates = [size / seconds for seconds in _seconds(run, repetitions)]
-                rows.append(
-                    {
-                        "model": program.manifest.name,
-                        "bits_per_weight": program.artifact.bits_per_weight,
-                        "weight_bytes": program.artifact.weight_bytes,
-                        "parameters": program.manifest.parameters,
-                        "target": program.manifest.target,
-                        "threads": count,
-                        "test": name,
-                        "tokens_per_s": statistics.median(rates),
-                        "stddev": statistics.stdev(rates) if len(rates) > 1 else 0.0,
-                    }
-                )
-                advance()
+            session.truncate(depth)
+            if session.length < depth:
+                session.feed(before[session.length : depth])
+            spent = _seconds(partial(run, session, depth, tokens[:size]), repetitions)
+            rates = [size / seconds for seconds in spent]
+            rows.append(
+                {
+                    "model": program.manifest.name,
+                    "bits_per_weight": program.artifact.bits_per_weight,
+                    "weight_bytes": program.artifact.weight_bytes,
+                    "parameters": program.manifest.parameters,
+                    "target": program.manifest.target,
+                    "threads": count,
+                    "depth": depth,
+                    "test": f"{name} @ d{depth}" if depth else name,
+                    "tokens_per_s": statistics.median(rates),
+                    "stddev": statistics.stdev(rates) if len(rates) > 1 else 0.0,
+                }
+            )
+            advance()
     return rows
 
 
@@ -74,12 +85,12 @@ def _seconds(run: Callable[[], None], repetitions: int) -> list[float]:
     return found
 
 
-def _read(session: Session, tokens: np.ndarray) -> None:
-    session.truncate(0)
+def _read(session: Session, depth: int, tokens: np.ndarray) -> None:
+    session.truncate(depth)
     session.feed(tokens)
 
 
-def _write(session: Session, tokens: np.ndarray) -> None:
-    session.truncate(0)
+def _write(session: Session, depth: int, tokens: np.ndarray) -> None:
+    session.truncate(depth)
     for token in tokens:
         session.feed(token)

@@ -7,7 +7,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
@@ -197,9 +198,10 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--kv-cache",
-        choices=("fp16", "fp32"),
-        default="fp16",
-        help="what keys and values are kept in (default: fp16)",
+        metavar="FORMATS",
+        help="what keys and values are kept in: fp32, fp16, int8, int4, two of these for keys and "
+        "values (int8,int4), or for each layer what it needs under a limit: 6bit (a number, all "
+        "in), kld<=0.001 (added), auto, which is that (default: fp16, or what --plan says)",
     )
     verb.add_argument(
         "--shape",
@@ -270,6 +272,7 @@ def _job(args: argparse.Namespace) -> "Job":
     if not args.model.is_file():
         kinds = ", ".join(_VERBS)
         raise UsageError(f"{args.model} is neither a model file nor a verb; verbs: {kinds}")
+    from mxcompile.cache_choice import CacheChoice
     from mxcompile.compiler import Job
     from mxcompile.plan import Rule
 
@@ -279,7 +282,7 @@ def _job(args: argparse.Namespace) -> "Job":
         target=args.target,
         budgets=tuple(args.budget or ("4.2bit",)),
         activations=args.activations,
-        kv_dtype=args.kv_cache,
+        caches=CacheChoice.parse(args.kv_cache) if args.kv_cache else None,
         calibration=args.calibration,
         cache=args.cache or (args.model.with_suffix(".cache") if args.resume else None),
         sensitivity=args.sensitivity,
@@ -324,6 +327,8 @@ def _describe_artifact(path: str, facts: dict[str, Any]) -> str:
     ]
     if facts["decoder_bits_per_weight"]:
         lines.append(f"decoder   {facts['decoder_bits_per_weight']:.3f} bits without vocabulary")
+    if facts["kv_cache"]:
+        lines.append("KV cache  " + _describe_caches(facts["kv_cache"]))
     measured = _describe_quality(facts["quality"]) or "not verified: made where it cannot run"
     lines.append("quality   " + measured)
     return "\n".join(lines)
@@ -332,6 +337,15 @@ def _describe_artifact(path: str, facts: dict[str, Any]) -> str:
 def _describe_formats(formats: dict[str, int]) -> str:
     total = sum(formats.values())
     return ", ".join(f"{name} {100 * count / total:.1f} %" for name, count in formats.items())
+
+
+def _describe_caches(facts: dict[str, Any]) -> str:
+    sides = "; ".join(f"{side} {_describe_counts(facts[side])}" for side in ("keys", "values"))
+    return f"{facts['token_bytes']:,} bytes a token, {facts['bits']:.2f} bits a number: {sides}"
+
+
+def _describe_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}*{count}" for name, count in counts.items())
 
 
 def _describe_quality(quality: dict[str, float]) -> str:
@@ -372,7 +386,10 @@ def _number(value: Any) -> str:
 
 def _describe_plan(facts: dict[str, Any]) -> str:
     head = f"{facts['bits_per_weight']:.3f} bits per weight ({_size(facts['weight_bytes'])})"
-    return f"{head}\nformats   {_describe_formats(facts['formats'])}\n{_tensor_table(facts)}"
+    lines = [head, f"formats   {_describe_formats(facts['formats'])}"]
+    if facts["caches"]:
+        lines.append("KV cache  " + _describe_counts(Counter(facts["caches"].values())))
+    return "\n".join([*lines, _tensor_table(facts)])
 
 
 def _tensor_table(facts: dict[str, Any]) -> str:
@@ -764,6 +781,13 @@ def _add_bench(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "-n", "--generate", type=int, default=64, help="tokens of the other test (default: 64)"
     )
+    verb.add_argument(
+        "-d",
+        "--depth",
+        type=_depths,
+        default=(0,),
+        help="tokens of context before a test, such as 0,8192 (default: 0)",
+    )
     verb.add_argument("-t", "--threads", type=_counts, help="such as 1,2 (default: as for run)")
     verb.add_argument("-r", "--repetitions", type=_positive, default=5, help="(default: 5)")
     _add_rpc(verb)
@@ -772,6 +796,10 @@ def _add_bench(verb: argparse.ArgumentParser) -> None:
 
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(_positive(word) for word in text.split(","))
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    return tuple(0 if word == "0" else _positive(word) for word in text.split(","))
 
 
 def _positive(text: str) -> int:
@@ -803,6 +831,7 @@ def _bench(args: argparse.Namespace) -> None:
         prompt=args.prompt,
         generate=args.generate,
         repetitions=args.repetitions,
+        depths=args.depth,
         progress=_progress(args),
     )
     head = ("model", "size", "params", "bits", "target", "threads", "test", "tokens/s")

@@ -14,6 +14,8 @@ import onnx_ir.passes.common as common_passes
 
 from mxcompile import artifact as artifacts
 from mxcompile import (
+    cache_choice,
+    caches,
     calibrate,
     graph,
     knobs,
@@ -34,6 +36,7 @@ from mxcompile import (
 from mxcompile.activations import AUTO, ActivationChoice, choose_activations
 from mxcompile.artifact import Artifact
 from mxcompile.budget import Budgets
+from mxcompile.cache_choice import CacheChoice, choose_caches
 from mxcompile.errors import PlanError, UnsupportedError, UsageError
 from mxcompile.evidence import Evidence
 from mxcompile.formats import FORMATS
@@ -68,7 +71,7 @@ class Job:
     output: Path
     force: bool = False
     activations: ActivationChoice = AUTO
-    kv_dtype: Literal["fp16", "fp32"] = "fp16"
+    caches: CacheChoice | None = None
     emit_onnx: Path | None = None
     dump_ir: Path | None = None
     calibration: Path | None = None
@@ -146,7 +149,7 @@ def compile_model(job: Job, progress: Progress) -> Artifact:
 
 def _build(job: Job, where: target.Target, planned: Planned, progress: Progress) -> Artifact:
     """Quantize, lower, package and verify what was planned."""
-    ctx = Context(where, planned.plan, planned.statistics, job.kv_dtype)
+    ctx = Context(where, planned.plan, planned.statistics)
     with progress.stage("quantize"):
         quantized = _run(job, passes.QUANTIZE, planned.model, ctx)
     if job.emit_onnx is not None:
@@ -490,6 +493,9 @@ def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
     model, statistics = _observed(job, where, model, samples, _kept(job, samples), progress)
     if not plan.activations or job.activations != AUTO:
         plan = replace(plan, activations=choose_activations(model, statistics, job.activations))
+    if not plan.caches or job.caches is not None:
+        chosen = choose_caches(model, statistics, job.caches or cache_choice.DEFAULT)
+        plan = replace(plan, caches=chosen)
     return Planned(model, samples, plan, statistics, {"source": str(job.plan)})
 
 
@@ -504,8 +510,13 @@ def _choose(job: Job, where: target.Target, priced: Priced, progress: Progress) 
         bits = 8 * size / graph.parameters(model)
         damage = costs.total(plan)
         predicted = {"damage": damage, "method": job.strategy, "bits_per_weight": bits}
-    rounded = choose_activations(model, priced.statistics, job.activations)
-    plan = replace(plan, activations=rounded)
+    plan = replace(
+        plan,
+        activations=choose_activations(model, priced.statistics, job.activations),
+        caches=choose_caches(model, priced.statistics, job.caches or cache_choice.DEFAULT),
+    )
+    if plan.caches:
+        predicted["cache_damage"] = cache_choice.damage(plan.caches, priced.statistics)
     return Planned(model, priced.samples, plan, priced.statistics, predicted, costs)
 
 
@@ -598,8 +609,12 @@ def _manifest(
 ) -> artifacts.Manifest:
     text = ",".join((passes.FRONT, passes.SORT, passes.QUANTIZE, passes.FUSE))
     decoder = bool(lowered.caches)
-    keys = lowered.caches[::2]
-    layers = tuple(artifacts.CacheLayer(int(k.shape[1]), int(k.shape[3])) for k in keys)
+    formats = planned.plan.caches
+    kept = [(c, formats.get(c.name, caches.FLOAT).name) for c in caches.find(planned.model)]
+    layers = tuple(
+        artifacts.CacheLayer(cache.kv_heads, cache.head_dim, key, value)
+        for (cache, key), (_, value) in zip(kept[::2], kept[1::2], strict=True)
+    )
     return artifacts.Manifest(
         kind=artifacts.DECODER if decoder else artifacts.GRAPH,
         name=job.model.stem,
@@ -613,7 +628,7 @@ def _manifest(
         inputs=lowered.inputs,
         outputs=lowered.outputs,
         weights=tuple(lowered.weights),
-        kv_cache=artifacts.KvCache(keys[0].dtype, layers) if decoder else None,
+        kv_cache=artifacts.KvCache(layers, lowered.caches) if decoder else None,
         generation=_generation(planned.model, lowered) if decoder else None,
     )
 

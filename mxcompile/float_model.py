@@ -7,7 +7,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from mxcompile import graph
+from mxcompile import caches, graph
 from mxcompile.graph import Use
 from mxcompile.interpret import Interpreter, padded, windows
 
@@ -28,6 +28,7 @@ class FloatModel:
         uses: The plannable weights and where they are read.
         outputs: The names of the outputs that are compared: all but the caches.
         head: The linear layer behind the logits, where nothing but position-wise operators follow.
+        caches: Where keys and values are cached.
     """
 
     def __init__(self, model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> None:
@@ -36,6 +37,7 @@ class FloatModel:
         self.model = model
         self.outputs = [graph.name(v) for v in model.graph.outputs if not _is_cache(v)]
         self.head = find_head(model, uses)
+        self.caches = caches.find(model)
 
     @property
     def hidden(self) -> str | None:

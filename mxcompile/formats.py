@@ -1,4 +1,4 @@
-"""Number formats of weights and of activations: one row a format.
+"""Number formats of weights, activations and caches: one row a format.
 
 Weight formats are asymmetric, in groups of 32 columns. A group has an 8-bit scale and a
 4-bit zero-point under one fp16 scale a row, so that the overhead is 12/32 bits a weight and groups
@@ -16,6 +16,16 @@ or learned for each weight (SqueezeLLM, arXiv 2306.07629).
 Activations are symmetric integers in the same groups, each with a float32 scale that is found at
 run time. A kernel takes a 16-bit code as two digits of 8, ``256 * high + low``, so that one
 instruction serves both: twice the multiplications, and no more bytes of weights.
+
+Caches of keys and values are float, or codes in groups of 32 columns of a head with an fp16 scale
+each, found when a position is written::
+
+    peak = the number of a group that is furthest from zero
+    scale = fp16(peak / -2**(bits - 1)), or the least fp16 if that is 0
+    code = round(x / scale), ties to even, within -2**(bits - 1) .. 2**(bits - 1) - 1
+
+The sign of a scale puts the peak on the end of the range that has one more code: of 4 bits all 16
+codes are used (so does llama.cpp's q4_0).
 """
 
 from collections.abc import Mapping
@@ -136,6 +146,64 @@ class ActivationFormat:
 ACTIVATION_FORMATS: Final[Mapping[str, ActivationFormat]] = MappingProxyType(
     {f.name: f for f in (ActivationFormat("int8", 1), ActivationFormat("int16", 2))}
 )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFormat:
+    """A format of cached keys or values.
+
+    Attributes:
+        name: Its text form.
+        bits: What a number takes, scales not counted.
+        dtype: The type of the tensor of numbers; two codes of 4 bits share a byte.
+        scaled: Whether numbers are codes, with a tensor of scales beside them.
+    """
+
+    name: str
+    bits: int
+    dtype: str
+    scaled: bool = False
+
+    @property
+    def lowest(self) -> int:
+        """The lowest code, which a group's peak gets."""
+        return -(1 << self.bits - 1)
+
+    def parts(self, dim: int) -> tuple[tuple[str, int], ...]:
+        """The tensors that a cache is made of: type, and columns for a head of ``dim``."""
+        numbers = (self.dtype, dim // 2 if self.bits == 4 else dim)
+        return (numbers, (SCALE_DTYPE, dim // GROUP)) if self.scaled else (numbers,)
+
+    def row_bytes(self, dim: int) -> int:
+        """The bytes of one position of one head."""
+        return dim * self.bits // 8 + (2 * dim // GROUP if self.scaled else 0)
+
+    def takes(self, dim: int) -> bool:
+        """Whether a head of ``dim`` columns can be kept in it."""
+        return not self.scaled or dim % GROUP == 0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+SCALE_DTYPE: Final = "float16"
+"""Of the scales of caches."""
+
+LEAST_SCALE: Final = 2.0**-24
+"""The least fp16 above 0."""
+
+CACHE_FORMATS: Final[Mapping[str, CacheFormat]] = MappingProxyType(
+    {
+        fmt.name: fmt
+        for fmt in (
+            CacheFormat("int4", 4, "uint8", scaled=True),
+            CacheFormat("int8", 8, "int8", scaled=True),
+            CacheFormat("fp16", 16, "float16"),
+            CacheFormat("fp32", 32, "float32"),
+        )
+    }
+)
+"""From narrow to wide."""
 
 
 def groups(columns: int) -> int:

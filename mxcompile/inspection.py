@@ -2,11 +2,12 @@
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mxcompile import artifact as artifacts
-from mxcompile.artifact import Artifact
+from mxcompile.artifact import Artifact, KvCache
 from mxcompile.errors import UsageError
 from mxcompile.plan import ROW_TILE, PrecisionPlan, Unit, tile_bytes
 
@@ -44,7 +45,7 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
         "target": manifest.target,
         "budget": manifest.budget,
         "activations": manifest.activations,
-        "kv_cache": manifest.kv_cache.dtype if manifest.kv_cache else None,
+        "kv_cache": _describe_caches(manifest.kv_cache) if manifest.kv_cache else None,
         "pipeline": manifest.pipeline,
         "plan_digest": manifest.plan_digest,
         "versions": dict(manifest.versions),
@@ -69,8 +70,21 @@ def describe_plan(plan: PrecisionPlan) -> dict[str, Any]:
         "weight_bytes": plan.weight_bytes,
         "bits_per_weight": 8 * plan.weight_bytes / parameters,
         "formats": plan.parameters_by_format(),
+        "caches": {name: fmt.name for name, fmt in plan.caches.items()},
         "plan_digest": plan.digest,
         "tensors": [_describe_unit(plan, unit) for unit in plan.units],
+    }
+
+
+def _describe_caches(cache: KvCache) -> dict[str, Any]:
+    """Bytes of a token of context, by layer; bits a number with the scales in them."""
+    numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in cache.layers)
+    return {
+        "token_bytes": cache.token_bytes,
+        "bits": 8 * cache.token_bytes / numbers,
+        "keys": dict(Counter(layer.key for layer in cache.layers)),
+        "values": dict(Counter(layer.value for layer in cache.layers)),
+        "layers": [asdict(layer) | {"token_bytes": layer.token_bytes} for layer in cache.layers],
     }
 
 

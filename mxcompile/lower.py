@@ -18,7 +18,7 @@ from tvm import relax, s_tir
 from mxcompile import graph, linker, qdq
 from mxcompile.artifact import TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
-from mxcompile.formats import FORMATS, ActivationFormat
+from mxcompile.formats import CACHE_FORMATS, FORMATS, ActivationFormat
 from mxcompile.knobs import Choice
 from mxcompile.passes.kv_cache import NO_WINDOW
 from mxcompile.passes.quantize_activations import activation_format
@@ -549,9 +549,13 @@ def _cached_attention(builder: _Builder, node: ir.Node) -> list[Any]:
     """Append to the caches in place, then attend to them."""
     scope, attributes = builder.scope, node.attributes
     (q, q_at), (k, k_at), (v, v_at) = (builder.source(x) for x in node.inputs[:3])
-    past, keys, values = (scope.tensor(x) for x in node.inputs[3:6])
-    _, kv_heads, _, dim = shape_of(keys)
-    heads = int(attributes["num_heads"].as_int())
+    past, *parts = (scope.tensor(x) for x in node.inputs[3:])
+    key, value = (CACHE_FORMATS[name] for name in node.overload.split("_"))
+    caches = cpu_attention.Caches(key, value)
+    heads, kv_heads = (int(attributes[n].as_int()) for n in ("num_heads", "kv_num_heads"))
+    source = node.inputs[0]
+    assert source is not None and source.shape is not None
+    dim = int(source.shape[-1]) // heads  # type: ignore[arg-type]
     window = int(attributes["window"].as_int())
     attention = cpu_attention.Attention(
         heads,
@@ -564,15 +568,15 @@ def _cached_attention(builder: _Builder, node: ir.Node) -> list[Any]:
         k=k_at,
         v=v_at,
     )
-    dtype = keys.ty.dtype
-    append = builder.kernel(builder.kernels.attention.append, attention, dtype)
-    caches = scope.emit(
-        relax.op.call_tir_inplace(append, [k, v, past, keys, values], [3, 4], [keys.ty, values.ty])
+    append = builder.kernel(builder.kernels.attention.append, attention, caches)
+    places = list(range(3, 3 + len(parts)))
+    kept = scope.emit(
+        relax.op.call_tir_inplace(append, [k, v, past, *parts], places, [p.ty for p in parts])
     )
-    keys, values = (scope.emit(relax.TupleGetItem(caches, i)) for i in range(2))
-    attend = builder.kernel(builder.kernels.attention.attend, attention, dtype)
-    out = builder.call(attend, [q, past, keys, values], (*shape_of(q)[:-1], heads * dim))
-    return [out, keys, values]
+    parts = [scope.emit(relax.TupleGetItem(kept, i)) for i in range(len(parts))]
+    attend = builder.kernel(builder.kernels.attention.attend, attention, caches)
+    out = builder.call(attend, [q, past, *parts], (*shape_of(q)[:-1], heads * dim))
+    return [out, *parts]
 
 
 def _attention(builder: _Builder, node: ir.Node) -> Expr:

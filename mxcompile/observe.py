@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mxcompile import graph
+from mxcompile import caches, graph
+from mxcompile.caches import Cache
 from mxcompile.float_model import LOGITS, Feed, FloatModel, by_position, flat, met, product, source
-from mxcompile.formats import ACTIVATION_FORMATS, GROUP
+from mxcompile.formats import ACTIVATION_FORMATS, CACHE_FORMATS, GROUP
 from mxcompile.graph import Use
 from mxcompile.interpret import Values
 from mxcompile.statistics import Array, Factors, Statistics, UseStatistics
@@ -97,7 +98,7 @@ class Observer:
             for unit, uses in self.watched.uses.items()
         }
         counts = [int(n) for key, n in self.sums.items() if key.startswith("count ")]
-        return Statistics(max(counts, default=0), found, factors, self._rounding())
+        return Statistics(max(counts, default=0), found, factors, self._rounding(), self._caches())
 
     def _factor(self, use: Use) -> float:
         """Half of the Fisher information is divergence a token; errors add up over a sample."""
@@ -114,6 +115,20 @@ class Observer:
             if use.kind == "linear" and harm is not None:
                 count = float(self.sums[f"positions {source(use)}"])
                 found[source(use)] = self._factor(use) * float(harm) / count
+        return found
+
+    def _caches(self) -> dict[str, dict[str, float]]:
+        """What keeping keys and values in each format does, in nats a token."""
+        found: dict[str, dict[str, float]] = {}
+        if not self.watched.scores_labels:
+            return found
+        for cache in self.watched.caches:
+            if (count := self.sums.get(f"cached {cache.name}")) is not None:
+                found[cache.name] = {
+                    fmt: 0.5 * float(self.sums[f"cache {cache.name} {fmt}"] / count)
+                    for fmt in CACHE_FORMATS
+                    if f"cache {cache.name} {fmt}" in self.sums
+                }
         return found
 
     def _use_statistics(self, unit: str, use: Use, moments: Mapping[str, Array]) -> UseStatistics:
@@ -176,12 +191,20 @@ class _Sample:
         ends = [values[k] for k in self.watched.fetched if values[k].requires_grad]
         if not ends or not felt:
             return {}
+        kept = {
+            cache: values[cache.rounded]
+            for cache in self.watched.caches
+            if cache.rounded in values and values[cache.rounded].requires_grad
+        }
         generator = torch.Generator().manual_seed(self.index)
         seeds = [self._seed(end.detach(), generator) / len(ends) ** 0.5 for end in ends]
         if self.watched.hidden is not None:
             self._before_head = {self.watched.hidden: seeds[0].flatten(0, -2)}
-        found = torch.autograd.grad(ends, list(felt.values()), seeds, allow_unused=True)
-        return {u: by_position(s, u) for u, s in zip(felt, found, strict=True) if s is not None}
+        ways = [*felt.values(), *kept.values()]
+        found = torch.autograd.grad(ends, ways, seeds, allow_unused=True)
+        self._add_caches(kept, found[len(felt) :])
+        slopes = zip(felt, found, strict=False)
+        return {u: by_position(s, u) for u, s in slopes if s is not None}
 
     def _seed(self, end: Tensor, generator: torch.Generator) -> Tensor:
         """A random gradient at an output, whose expected square is the harm of errors there.
@@ -246,6 +269,20 @@ class _Sample:
             x = values[key].reshape(slope.shape)
             self._add(f"rounding {key}", (slope.square() * _variance(x)).sum())
             self._add(f"positions {key}", torch.tensor(float(len(x))))
+
+    def _add_caches(self, kept: Mapping[Cache, Tensor], slopes: Sequence[Tensor | None]) -> None:
+        """Sum up the harm of each format's errors in what is cached: ``(dL/dx * error)**2``."""
+        for (cache, x), slope in zip(kept.items(), slopes, strict=True):
+            if slope is None:
+                continue
+            rows = x.detach().reshape(-1, cache.kv_heads, cache.head_dim).numpy()
+            felt = slope.reshape(rows.shape).numpy()
+            self._add(f"cached {cache.name}", torch.tensor(float(len(rows))))
+            for fmt in CACHE_FORMATS.values():
+                if fmt.takes(cache.head_dim):
+                    error = felt * (caches.decode(caches.encode(rows, fmt), fmt) - rows)
+                    harm = torch.tensor(float(np.square(error, dtype=np.float64).sum()))
+                    self._add(f"cache {cache.name} {fmt}", harm)
 
     def _add_embeddings(self, values: Values, slopes: Mapping[Use, Tensor]) -> None:
         for unit, uses in self.watched.uses.items():

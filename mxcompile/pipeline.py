@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import ClassVar, Final, Literal, Self
+from typing import ClassVar, Self
 
 import onnx_ir as ir
 
@@ -13,22 +13,18 @@ from mxcompile.plan import PrecisionPlan
 from mxcompile.statistics import Statistics
 from mxcompile.target import Target
 
-KV_DTYPES: Final = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
-
 
 @dataclass(frozen=True, slots=True)
 class Context:
     """What every pass may read and none may change.
 
     ``plan`` is None before the solve. ``statistics`` say what weights meet, which the quantizers
-    weigh errors with; without them all columns count alike. ``kv_dtype`` is the format of the key
-    and value caches.
+    weigh errors with; without them all columns count alike.
     """
 
     target: Target
     plan: PrecisionPlan | None = None
     statistics: Statistics | None = None
-    kv_dtype: Literal["fp16", "fp32"] = "fp16"
 
 
 class Pass(ABC):

@@ -1,4 +1,4 @@
-"""The precision plan: the formats of every row tile of every weight, and of activations.
+"""The precision plan: the formats of every row tile of every weight, of activations and caches.
 
 A plan is a value with a JSON text form. It knows names, shapes and formats, no numbers of the
 model: scales and codes are found later, from the weights themselves.
@@ -16,13 +16,21 @@ from types import MappingProxyType
 from typing import Any, Final, Self
 
 from mxcompile.errors import PlanError
-from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, ActivationFormat, Format, groups
+from mxcompile.formats import (
+    ACTIVATION_FORMATS,
+    CACHE_FORMATS,
+    FORMATS,
+    ActivationFormat,
+    CacheFormat,
+    Format,
+    groups,
+)
 
 ROW_TILE: Final = 16
 """Rows (output channels) of a tile: the 32-bit lanes of a 512-bit vector."""
 
-VERSION: Final = 2
-"""Of the plan's JSON form."""
+VERSION: Final = 3
+"""Of the plan's JSON form; 2, which is read too, says nothing of caches."""
 
 _RUN = re.compile(r"(?P<format>\w+)(\*(?P<count>[1-9]\d*))?")
 
@@ -129,13 +137,15 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionPlan:
-    """A format for every row tile of every unit, and for what linear layers read.
+    """A format for every row tile of every unit, for what linear layers read, and for caches.
 
     Attributes:
         units: What is planned.
         tiles: By unit, its row tiles' formats.
         activations: By the name of a value that linear layers read, the format that it is rounded
             to; what is not named stays float.
+        caches: By the name of the input that holds past keys or values of a layer, the format
+            that they are cached in; what is not named stays float.
 
     Raises:
         PlanError: a unit has another number of tiles than its rows need.
@@ -144,10 +154,12 @@ class PrecisionPlan:
     units: tuple[Unit, ...]
     tiles: Mapping[str, TileFormats]
     activations: Mapping[str, ActivationFormat] = field(default_factory=dict)
+    caches: Mapping[str, CacheFormat] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiles", MappingProxyType(dict(self.tiles)))
         object.__setattr__(self, "activations", MappingProxyType(dict(self.activations)))
+        object.__setattr__(self, "caches", MappingProxyType(dict(self.caches)))
         if (named := {u.name for u in self.units}) != self.tiles.keys():
             raise PlanError(f"formats and units disagree on {sorted(named ^ self.tiles.keys())}")
         for unit in self.units:
@@ -205,6 +217,7 @@ class PrecisionPlan:
                 for u in self.units
             ],
             "activations": {name: fmt.name for name, fmt in self.activations.items()},
+            "caches": {name: fmt.name for name, fmt in self.caches.items()},
         }
 
     @classmethod
@@ -212,15 +225,17 @@ class PrecisionPlan:
         """Read what ``to_json`` wrote.
 
         Raises:
-            PlanError: the data is not a plan of this version.
+            PlanError: the data is not a plan of this version, or of the one before.
         """
         try:
-            if (data["version"], data["row_tile"]) != (VERSION, ROW_TILE):
+            if data["version"] not in (2, VERSION) or data["row_tile"] != ROW_TILE:
                 raise PlanError("the plan was written by another version")
             activations = {k: ACTIVATION_FORMATS[f] for k, f in data["activations"].items()}
             units = tuple(Unit(u["name"], int(u["rows"]), int(u["columns"])) for u in data["units"])
             tiles = {u["name"]: TileFormats.parse(u["tiles"]) for u in data["units"]}
-            return cls(units, tiles, activations)
+            caches = data["caches"] if data["version"] == VERSION else {}
+            kept = {name: CACHE_FORMATS[fmt] for name, fmt in caches.items()}
+            return cls(units, tiles, activations, kept)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"not a precision plan: {error!r}") from error
 

@@ -370,6 +370,7 @@ def bench(
     generate: int,
     threads: Sequence[int],
     repetitions: int,
+    depths: Sequence[int] = (0,),
     wheels: Path | None = None,
     compiler: str | None = None,
     cache: Path | None = None,
@@ -384,6 +385,7 @@ def bench(
         generate: tokens of the other test.
         threads: each test runs with each number; none means one a physical core.
         repetitions: of each test.
+        depths: each test runs behind each number of tokens.
         wheels: as for ``deploy``.
         compiler: likewise.
         cache: likewise.
@@ -423,7 +425,7 @@ def bench(
                     answer(CONNECT_SECONDS, what, send)
                     advance(len(part))
     with progress.stage("bench"):
-        counts = ",".join(map(str, threads))
-        run = partial(module["bench"], place, prompt, generate, counts, repetitions)
+        counts, behind = (",".join(map(str, numbers)) for numbers in (threads, depths))
+        run = partial(module["bench"], place, prompt, generate, counts, behind, repetitions)
         rows: list[dict[str, Any]] = json.loads(answer(BENCH_SECONDS, what, run))
     return rows

@@ -26,6 +26,7 @@ _LAYER = re.compile(r"(?P<before>.*?)\.(?P<layer>\d+)\.(?P<component>.*)")
 
 _PREDICTED: Final = {
     "damage": "divergence from the float model, nats a token (relative squared error, if no text)",
+    "cache_damage": "what the formats of the KV cache add to it",
     "gap": "the most of it that a better plan could save",
     "method": "found by",
     "bits_per_weight": "bits per weight, all-in",
@@ -73,6 +74,7 @@ def render(
         page.section("Bits per weight by layer", _bits(facts["tensors"])),
         decided,
         page.section("Tensors", _tensors(facts["tensors"])),
+        page.section("KV cache by layer", _caches(facts["kv_cache"])) if facts["kv_cache"] else "",
         page.section("Time", page.values({k: f"{v:.1f} s" for k, v in seconds.items()})),
     ]
     subtitle = (
@@ -83,7 +85,7 @@ def render(
 
 
 def _summary(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    decoder = facts["decoder_bits_per_weight"]
+    decoder, kept = facts["decoder_bits_per_weight"], facts["kv_cache"]
     rows = [
         ("parameters", f"{facts['parameters']:,}"),
         ("weight file", f"{facts['weight_bytes']:,} bytes"),
@@ -91,11 +93,26 @@ def _summary(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("bits per weight, all-in", f"{facts['bits_per_weight']:.3f}"),
         ("without the vocabulary", f"{decoder:.3f}" if decoder else ""),
         ("activations", facts["activations"]),
-        ("KV cache", facts["kv_cache"] or ""),
+        ("KV cache", f"{kept['token_bytes']:,} bytes a token" if kept else ""),
+        ("bits per cached number, all-in", f"{kept['bits']:.2f}" if kept else ""),
         ("plan", facts["plan_digest"][:16]),
         ("versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _caches(facts: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            str(index),
+            f"{layer['kv_heads']} x {layer['head_dim']}",
+            layer["key"],
+            layer["value"],
+            f"{layer['token_bytes']:,}",
+        )
+        for index, layer in enumerate(facts["layers"])
+    ]
+    return page.table(("layer", "heads", "keys", "values", "bytes a token"), rows)
 
 
 def _formats(formats: Mapping[str, int]) -> str:

@@ -6,8 +6,8 @@ How a compiled module is called, where ``weights`` is a tuple in the manifest's 
 * a "decoder": ``main(input_ids, position_ids, past, logit_positions, caches, weights)`` gives
   logits. ``input_ids`` and ``position_ids`` are int64 [batch, seq], ``past`` is int64 [1], the
   tokens already in the caches, and ``logit_positions`` int64 [n], which of the seq get logits:
-  float32 [batch, n, vocabulary]. ``caches`` is a tuple key0, value0, key1, ... of tensors
-  [batch, kv_heads, capacity, head_dim] that belong to the caller and are updated in place.
+  float32 [batch, n, vocabulary]. ``caches`` is a tuple of tensors [batch, kv_heads, capacity,
+  columns], listed in the manifest, that belong to the caller and are updated in place.
 """
 
 import itertools
@@ -162,8 +162,7 @@ class Session:
         self.vocabulary = manifest.generation.vocabulary
         self.length = 0
         self._program = program
-        self._dtype = np.dtype(manifest.kv_cache.dtype)
-        self._layers = manifest.kv_cache.layers
+        self._tensors = manifest.kv_cache.tensors
         self._capacity = 0
         self._caches: Any = None
         self._inputs = _Inputs(1, program.device)
@@ -214,10 +213,9 @@ class Session:
         self._capacity = min(capacity, self.max_length)
         device, tensors = self._program.device, []
         kept, self._caches = list(self._caches or ()), None
-        for index in range(2 * len(self._layers)):
-            layer = self._layers[index // 2]
-            shape = (1, layer.kv_heads, self._capacity, layer.head_dim)
-            array = aligned(shape, self._dtype)
+        for index, spec in enumerate(self._tensors):
+            _, heads, _, columns = spec.shape
+            array = aligned((1, int(heads), self._capacity, int(columns)), np.dtype(spec.dtype))
             if kept:
                 array[:, :, : self.length] = device.array(kept[index])[:, :, : self.length]
                 kept[index] = None  # frees the old one before the next is made

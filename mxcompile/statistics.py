@@ -134,12 +134,15 @@ class Statistics:
         factors: By unit, for each of its uses: harm at the output per unit of error.
         rounding: By the name of what linear layers read, the damage of rounding it to int8 at run
             time, in the units of ``damage``; empty where gradients were not taken.
+        caches: By the name of the input with a layer's past keys or values, and by the name of a
+            cache's format, the damage of keeping them in it; empty likewise.
     """
 
     samples: int
     uses: Mapping[str, tuple[UseStatistics, ...]]
     factors: Factors
     rounding: Mapping[str, float] = field(default_factory=dict)
+    caches: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def damage(self, unit: str, delta: Tensor, start: int = 0) -> Tensor:
         """The damage of errors in the rows of a unit from ``start`` on, [rows]."""
@@ -192,6 +195,7 @@ def save(statistics: Statistics, path: Path) -> None:
         "samples": statistics.samples,
         "units": units,
         "rounding": dict(statistics.rounding),
+        "caches": {name: dict(damage) for name, damage in statistics.caches.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as draft:
@@ -222,6 +226,6 @@ def load(path: Path) -> Statistics:
             for unit in about["units"]
         }
         factors = {unit["name"]: tuple(unit["factors"]) for unit in about["units"]}
-        return Statistics(about["samples"], uses, factors, about["rounding"])
+        return Statistics(about["samples"], uses, factors, about["rounding"], about["caches"])
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: no calibration statistics ({error})") from error

@@ -8,6 +8,7 @@ REGISTRY: Final = {
     "annotate": "mxcompile.passes.annotate:Annotate",
     "quantize-weights": "mxcompile.passes.quantize_weights:QuantizeWeights",
     "quantize-activations": "mxcompile.passes.quantize_activations:QuantizeActivations",
+    "quantize-caches": "mxcompile.passes.quantize_caches:QuantizeCaches",
     "fuse-qdq": "mxcompile.passes.fuse_qdq:FuseQdq",
     "kv-cache": "mxcompile.passes.kv_cache:KvCache",
     "sort-vocabulary": "mxcompile.passes.sort_vocabulary:SortVocabulary",
@@ -20,7 +21,7 @@ FRONT: Final = "canonicalize,flatten-attention"
 SORT: Final = "sort-vocabulary"
 """After calibration, before planning: row tiles of rows that are alike."""
 
-QUANTIZE: Final = "annotate,quantize-weights,quantize-activations"
+QUANTIZE: Final = "annotate,quantize-weights,quantize-activations,quantize-caches"
 """The plan becomes standard Quantize/DequantizeLinear nodes; the result is what is emitted."""
 
 FUSE: Final = "fuse-qdq,kv-cache,select-logits"

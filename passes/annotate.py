@@ -1,18 +1,19 @@
 """Write the plan onto the graph."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from mxcompile import graph
+from mxcompile import caches, graph
 from mxcompile.errors import PlanError
-from mxcompile.formats import GROUP
+from mxcompile.formats import GROUP, CacheFormat
 from mxcompile.pipeline import Context, Pass
 
 
 @dataclass(frozen=True)
 class Annotate(Pass):
-    """Write the plan's formats onto the weights and onto the inputs of linear layers.
+    """Write the plan's formats onto weights, inputs of linear layers, and past keys and values.
 
     No later pass reads the plan.
 
@@ -22,7 +23,7 @@ class Annotate(Pass):
     name = "annotate"
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
-        """Annotate weights and those inputs of linear layers that the plan quantizes."""
+        """Annotate weights, and those inputs of layers and caches that the plan quantizes."""
         if ctx.plan is None:
             raise PlanError("annotate needs a plan")
         found = graph.uses(model)
@@ -45,4 +46,17 @@ class Annotate(Pass):
                     named.discard(graph.name(source))
         if named:
             raise PlanError(f"no linear layer reads {', '.join(sorted(named)[:5])}")
+        return self._caches(model, ctx.plan.caches) or changed
+
+    @staticmethod
+    def _caches(model: ir.Model, formats: Mapping[str, CacheFormat]) -> bool:
+        known = {cache.name: cache for cache in caches.find(model)}
+        inputs = {value.name: value for value in model.graph.inputs}
+        changed = False
+        for name, fmt in formats.items():
+            if name not in known:
+                raise PlanError(f"no attention layer has a cache {name}")
+            known[name].check(fmt)
+            scheme = f"{fmt}/g{GROUP}/dynamic" if fmt.scaled else fmt.name
+            changed |= graph.annotate(inputs[name], scheme)
         return changed

@@ -6,47 +6,43 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from mxcompile import graph
+from mxcompile import caches, graph
 from mxcompile.errors import UnsupportedError
-from mxcompile.pipeline import KV_DTYPES, Context, Pass
+from mxcompile.formats import CACHE_FORMATS, CacheFormat
+from mxcompile.passes import quantize_caches
+from mxcompile.pipeline import Context, Pass
 
 NO_WINDOW = 2**31 - 1
 PROBE_LENGTH = 1 << 15
 """A past longer than any sliding window; how much of it a query sees is the window."""
 
-CACHED_ATTENTION = """
-<opset_import: ["" : 23], domain: "mxcompile">
+_DOMAINS = f'opset_import: ["" : 23, "{graph.DOMAIN}" : 1], domain: "{graph.DOMAIN}"'
+
+ATTENTION = """
 CachedAttention <num_heads, kv_num_heads, scale, softcap, window>
-    (q, k, v, past, key_cache, value_cache) => (y, new_key, new_value)
-{
+    (q, k, v, past, {parts}) => (y, {new_parts})
+{{
     one = Constant <value_ints: ints = [1]> ()
     two = Constant <value_ints: ints = [2]> ()
     zero = Constant <value_ints: ints = [0]> ()
     none = Constant <value_int: int = 0> ()
     step = Constant <value_int: int = 1> ()
     all = Constant <value_ints: ints = [2147483647]> ()
-    size = Shape <start: int = 3, end: int = 4> (key_cache)
-    heads = Shape <start: int = 1, end: int = 2> (key_cache)
+    rest = Constant <value_ints: ints = [-1]> ()
+    heads = Shape <start: int = 1, end: int = 2> (keys)
     lead = Shape <start: int = 0, end: int = 2> (k)
     seq = Shape <start: int = 1, end: int = 2> (k)
     total = Add (past, seq)
-    split = Concat <axis: int = 0> (lead, heads, size)
+    split = Concat <axis: int = 0> (lead, heads, rest)
     k_split = Reshape (k, split)
     v_split = Reshape (v, split)
     k_heads = Transpose <perm: ints = [0, 2, 1, 3]> (k_split)
     v_heads = Transpose <perm: ints = [0, 2, 1, 3]> (v_split)
-    k_new = CastLike (k_heads, key_cache)
-    v_new = CastLike (v_heads, value_cache)
-    k_old = Slice (key_cache, zero, past, two)
-    v_old = Slice (value_cache, zero, past, two)
-    k_free = Slice (key_cache, total, all, two)
-    v_free = Slice (value_cache, total, all, two)
-    new_key = Concat <axis: int = 2> (k_old, k_new, k_free)
-    new_value = Concat <axis: int = 2> (v_old, v_new, v_free)
-    k_used = Slice (new_key, zero, total, two)
-    v_used = Slice (new_value, zero, total, two)
-    k_float = CastLike (k_used, q)
-    v_float = CastLike (v_used, q)
+    {keys_row} = mxcompile.EncodeCache:{key} (k_heads)
+    {values_row} = mxcompile.EncodeCache:{value} (v_heads)
+    {appends}
+    k_float = mxcompile.DecodeCache:{key} ({keys_used})
+    v_float = mxcompile.DecodeCache:{value} ({values_used})
     past_scalar = Squeeze (past)
     seq_scalar = Squeeze (seq)
     total_scalar = Squeeze (total)
@@ -61,7 +57,7 @@ CachedAttention <num_heads, kv_num_heads, scale, softcap, window>
     mask = And (causal, recent)
     q_heads_count = Constant <value_int: int = @num_heads> ()
     q_heads_vector = Unsqueeze (q_heads_count, zero)
-    q_shape = Concat <axis: int = 0> (lead, q_heads_vector, size)
+    q_shape = Concat <axis: int = 0> (lead, q_heads_vector, rest)
     q_split = Reshape (q, q_shape)
     q_heads = Transpose <perm: ints = [0, 2, 1, 3]> (q_split)
     y_heads = Attention <scale: float = @scale, softcap: float = @softcap>
@@ -69,8 +65,41 @@ CachedAttention <num_heads, kv_num_heads, scale, softcap, window>
     y_split = Transpose <perm: ints = [0, 2, 1, 3]> (y_heads)
     merged = Shape (q)
     y = Reshape (y_split, merged)
-}
+}}
 """
+
+_APPEND = """
+    {part}_old = Slice ({part}, zero, past, two)
+    {part}_free = Slice ({part}, total, all, two)
+    {part}_new = Concat <axis: int = 2> ({part}_old, {part}_row, {part}_free)
+    {part}_used = Slice ({part}_new, zero, total, two)"""
+
+
+def definition(key: CacheFormat, value: CacheFormat) -> str:
+    """The function that appends to caches of such formats, then attends to them."""
+    sides = [[*name_parts(kind, fmt)] for kind, fmt in (("keys", key), ("values", value))]
+    parts = [part for side in sides for part in side]
+
+    def row(side: list[str], ending: str) -> str:
+        return ", ".join(f"{part}_{ending}" for part in side)
+
+    body = ATTENTION.format(
+        parts=", ".join(parts),
+        new_parts=row(parts, "new"),
+        key=key,
+        value=value,
+        keys_row=row(sides[0], "row"),
+        values_row=row(sides[1], "row"),
+        appends="".join(_APPEND.format(part=part) for part in parts),
+        keys_used=row(sides[0], "used"),
+        values_used=row(sides[1], "used"),
+    )
+    return f'<{_DOMAINS}, overload: "{key}_{value}">{body}'
+
+
+def name_parts(name: str, fmt: CacheFormat) -> tuple[str, ...]:
+    """The names of the tensors that a cache is made of."""
+    return (name, f"{name}_scales") if fmt.scaled else (name,)
 
 
 @dataclass(frozen=True)
@@ -82,8 +111,11 @@ class KvCache(Pass):
     one. What a mask says is found by evaluating it, not by its spelling; a mask that depends on
     anything but positions is refused. Sequences of a batch have one length: the padding mask goes.
 
-    Before: ``%y, %present = Attention(%q, %k, %v, %mask, %past_key, %past_value)``;
-    after: ``%y, %key.next, %value.next = CachedAttention(%q, %k, %v, %past, %key, %value)``.
+    A cache has the format that its new rows are rounded to, which the rounding that the caches do
+    themselves makes unnecessary; a quantized one is two tensors, of codes and of scales.
+
+    Before: ``%y, %present = Attention(%q, RoundCache:int8(%k), %v, %mask, %past_k, %past_v)``;
+    after: ``%y, %key.next, ... = CachedAttention:int8_fp32(%q, %k, %v, %past, %key, ...)``.
     """
 
     name = "kv-cache"
@@ -93,15 +125,13 @@ class KvCache(Pass):
         layers = [n for n in graph.select(model.graph, "Attention") if _has_past(n)]
         if not layers:
             return False
-        graph.define(model, CACHED_ATTENTION)
         past = ir.Value(name="past", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape((1,)))
-        dtype = KV_DTYPES[ctx.kv_dtype]
         windows: dict[ir.Value | None, int] = {}
         for node in layers:
             mask = node.inputs[3]
             if mask not in windows:
                 windows[mask] = _window(model, node, mask)
-            _rewrite(model, node, past, windows[mask], dtype)
+            _rewrite(model, node, past, windows[mask])
         graph.prune(model)
         _replace_inputs(model, past)
         return True
@@ -166,9 +196,7 @@ def _evaluate(
     return np.asarray(np.broadcast_to(allowed, (1, 1, seq, past + seq))[0, 0])
 
 
-def _rewrite(
-    model: ir.Model, node: ir.Node, past: ir.Value, window: int, dtype: ir.DataType
-) -> None:
+def _rewrite(model: ir.Model, node: ir.Node, past: ir.Value, window: int) -> None:
     q, k, v, _, past_key, past_value = node.inputs[:6]
     assert q is not None and q.shape is not None and past_key is not None and past_value is not None
     heads = node.attributes.get_int("q_num_heads")
@@ -184,29 +212,48 @@ def _rewrite(
         "softcap": float(node.attributes.get_float("softcap", 0.0)),
         "window": window,
     }
-    caches = []
-    for value, old in ((past_key, node.outputs[1]), (past_value, node.outputs[2])):
-        cache = ir.Value(
-            name=graph.name(value).replace("past_key_values", "cache"),
-            type=ir.TensorType(dtype),
-            shape=ir.Shape(("batch", kv_heads, "max_length", size)),
-        )
-        model.graph.inputs.append(cache)
-        caches.append(cache)
-        old.name = f"{old.name}.replaced"
-    call = ir.node(
-        "CachedAttention", [q, k, v, past, *caches], attributes,
-        domain=graph.DOMAIN, num_outputs=3, name=node.name,
-    )  # fmt: skip
+    (k, key), (v, value) = (_unrounded(x) for x in (k, v))
+    parts: list[ir.Value] = []
+    for source, fmt in ((past_key, key), (past_value, value)):
+        base = graph.name(source).replace("past_key_values", "cache")
+        for name, (dtype, columns) in zip(name_parts(base, fmt), fmt.parts(size), strict=True):
+            shape = ir.Shape(("batch", kv_heads, "max_length", columns))
+            kind = ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype)))
+            parts.append(ir.Value(name=name, type=kind, shape=shape))
+    model.graph.inputs.extend(parts)
+    for fmt in {key, value}:
+        graph.define(model, quantize_caches.encoder(fmt))
+        graph.define(model, quantize_caches.decoder(fmt))
+    graph.define(model, definition(key, value))
+    call = ir.Node(
+        graph.DOMAIN,
+        "CachedAttention",
+        [q, k, v, past, *parts],
+        ir.convenience.convert_attributes(attributes),
+        overload=f"{key}_{value}",
+        num_outputs=1 + len(parts),
+        name=node.name,
+    )
     model.graph.insert_after(node, call)
-    for cache, fresh, old in zip(caches, call.outputs[1:], node.outputs[1:], strict=True):
-        fresh.name, fresh.type, fresh.shape = f"{cache.name}.next", cache.type, cache.shape
-        graph.replace_uses(model, old, fresh)
+    for part, fresh in zip(parts, call.outputs[1:], strict=True):
+        fresh.name, fresh.type, fresh.shape = f"{part.name}.next", part.type, part.shape
     result, output = call.outputs[0], node.outputs[0]
     result.type, result.shape, result.name = output.type, output.shape, output.name
     output.name = f"{output.name}.replaced"
     graph.replace_uses(model, output, result)
+    # The caches that the program returns are those that it got, not the present's concatenations.
+    presents = set(node.outputs[1:])
+    kept = [v for v in model.graph.outputs if v not in presents]
+    model.graph.outputs[:] = [*kept, *call.outputs[1:]]
     model.graph.remove(node, safe=True)
+
+
+def _unrounded(value: ir.Value | None) -> tuple[ir.Value | None, CacheFormat]:
+    """What is rounded before it is cached, and to which format."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_identifier()[:2] == (graph.DOMAIN, quantize_caches.ROUND):
+        return node.inputs[0], CACHE_FORMATS[node.overload]
+    return value, caches.FLOAT
 
 
 def _replace_inputs(model: ir.Model, past: ir.Value) -> None:

@@ -39,16 +39,21 @@ class QuantizeActivations(Pass):
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Let the linear layers that read an annotated value read its quantized form."""
         annotated = [
-            (v, ACTIVATION_FORMATS[scheme.partition("/")[0]])
+            (v, scheme, readers)
             for v in graph.values(model)
-            if (scheme := graph.scheme_of(v)) is not None and not v.is_initializer()
+            if (scheme := graph.scheme_of(v)) is not None
+            and (readers := [u.node for u in v.uses() if _reads(u.node, v)])
         ]
-        for value, fmt in annotated:
-            readers = [u.node for u in value.uses() if u.node.op_type == "Linear"]
-            quantized = _quantize(model, value, fmt)
+        for value, scheme, readers in annotated:
+            quantized = _quantize(model, value, ACTIVATION_FORMATS[scheme.partition("/")[0]])
             for node in readers:
                 node.replace_input_with(0, quantized)
         return bool(annotated)
+
+
+def _reads(node: ir.Node, value: ir.Value) -> bool:
+    """Whether a node multiplies a value, not with it."""
+    return node.op_type == "Linear" and node.inputs[0] is value
 
 
 def activation_format(nodes: Iterable[ir.Node]) -> ActivationFormat | None:

@@ -1,10 +1,11 @@
 """Compare an artifact's tokens with those of its emitted Q/DQ model in onnxruntime.
 
-The greedy continuation of a prompt must be the same where activations and caches are float; over a
-text, the share of positions with the same most likely token is printed. In onnxruntime one run over
-what was generated tells what it would have chosen at every step::
+The greedy continuation of a prompt must be the same where activations and caches are float, and is
+where only caches are rounded, but for ties; over a text, the share of positions with the same most
+likely token is printed. In onnxruntime one run over what was generated tells what it would have
+chosen at every step::
 
-    mxcompile model.onnx --activations fp32 --kv-cache fp32 --emit-onnx q.onnx -o model.mxc
+    mxcompile model.onnx --activations fp32 --emit-onnx q.onnx -o model.mxc
     python scripts/compare_greedy.py model.mxc q.onnx --prompt "The sea" --text book.txt
 """
 

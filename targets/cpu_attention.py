@@ -6,9 +6,10 @@ prefill: a block of query rows meets a block of transposed keys, as a matrix pro
 running maximum and sum per row (online softmax), so memory does not grow with the context.
 
 Operands come row-major as matmuls leave them, (batch, seq, columns), and may be columns of a wider
-buffer; caches are (batch, kv head, max, dim). Beyond ``past + seq`` a cache is neither read nor
-written. Paged caches and ragged batches are left out: an edge device serves one sequence, and a
-batch advances in step.
+buffer. A cache is one tensor (batch, kv head, max, dim), or codes and scales of that form where it
+is quantized; each is read as it is, and rows become float32 in registers. Beyond ``past + seq`` a
+cache is neither read nor written. Paged caches and ragged batches are left out: an edge device
+serves one sequence, and a batch advances in step.
 """
 
 import math
@@ -20,6 +21,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
+from mxcompile.formats import GROUP, LEAST_SCALE, CacheFormat
 from mxcompile.targets.cpu_norm import (
     LOWEST,
     SERIAL_FLOATS,
@@ -78,6 +80,34 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Caches:
+    """The formats of a layer's cached keys and values; a kernel takes the parts of both, in order.
+
+    A part is a tensor (batch, kv head, max, columns).
+    """
+
+    key: CacheFormat
+    value: CacheFormat
+
+    def parts(self, dim: int) -> list[tuple[str, int]]:
+        """The type and columns of every part, keys first."""
+        return [*self.key.parts(dim), *self.value.parts(dim)]
+
+    def declare(self, a: Attention, batch: Expr, longest: Expr) -> tuple[list[Any], list[Any]]:
+        """Declare the next parameters of a kernel: the parts of keys and of values."""
+        found = []
+        for kind, fmt in (("keys", self.key), ("values", self.value)):
+            names = (kind, f"{kind}_scales")
+            found.append(
+                [
+                    param(name, (batch, a.kv_heads, longest, columns), dtype)
+                    for name, (dtype, columns) in zip(names, fmt.parts(a.dim), strict=False)
+                ]
+            )
+        return found[0], found[1]
+
+
+@dataclass(frozen=True, slots=True)
 class Mask:
     """A mask (batch, heads or 1, queries or 1, keys): float32 is added, bool true keeps a key."""
 
@@ -90,6 +120,8 @@ Read = Callable[[int | Expr, int], Expr]
 """Load float32 from (column, lanes) of some row."""
 Write = Callable[[int | Expr, Expr], None]
 """Store a vector to a column and after of some row."""
+Blocks = Callable[[Expr, Expr], Callable[[Expr], Read]]
+"""Prepare to read (first, count) neighbouring rows, at most ``_SPAN``, by number in the block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,23 +129,25 @@ class _Head:
     """One kv head of one sequence: where its rows come from and go to.
 
     ``query`` and ``put`` take a position and a member of the group; ``bias`` gives
-    their mask by key. Query position i stands at key position ``past + i``.
+    their mask by key. Query position i stands at key position ``past + i``. Values that are
+    ``coded`` are worth decoding once for many rows.
     """
 
     query: Callable[[Expr, Expr | int], Read]
-    key: Callable[[Expr], Read]
-    value: Callable[[Expr], Read]
+    key: Blocks
+    value: Blocks
     put: Callable[[Expr, Expr | int], Write]
     bias: Callable[[Expr, Expr], Callable[[Expr], Expr]] | None
     past: Expr
     keys: Expr
+    coded: bool = False
 
 
 # --- kernels ---
 
 
-def append(attention: Attention, dtype: str, simd: Simd) -> tirx.PrimFunc:
-    """Make ``(k, v, past, keys, values)``: write k and v to the caches at ``past`` and after."""
+def append(attention: Attention, caches: Caches, simd: Simd) -> tirx.PrimFunc:
+    """Make ``(k, v, past, *keys, *values)``: write k and v to the caches at ``past`` and after."""
     a = attention
 
     def body() -> None:
@@ -121,20 +155,17 @@ def append(attention: Attention, dtype: str, simd: Simd) -> tirx.PrimFunc:
         k = param("k", (batch, seq, _columns(a.k, a.kv_heads, a.dim).width))
         v = param("v", (batch, seq, _columns(a.v, a.kv_heads, a.dim).width))
         past = param("past", (1,), "int64")
-        keys, values = (
-            param(name, (batch, a.kv_heads, longest, a.dim), dtype) for name in ("keys", "values")
-        )
+        keys, values = caches.declare(a, batch, longest)
 
         def one(index: Expr) -> None:
             b, i, h = unravel(index, [batch, seq, int64(a.kv_heads)])
-            key = _rows(k, b, a.k, h, a.dim)(i, 0)
-            value = _rows(v, b, a.v, h, a.dim)(i, 0)
-
-            def copy(c: int | Expr, lanes: int, _: int) -> None:
-                store(keys, _cast(key(c, lanes), dtype), b, h, past[0] + i, c)
-                store(values, _cast(value(c, lanes), dtype), b, h, past[0] + i, c)
-
-            sweep(a.dim, simd, copy)
+            place = (b, h, hold(past[0] + i))
+            for new, at, fmt, parts in ((k, a.k, caches.key, keys), (v, a.v, caches.value, values)):
+                read = _rows(new, b, at, h, a.dim)(i, 0)
+                if fmt.scaled:
+                    _encode(a.dim, fmt, read, parts, place, simd)
+                else:
+                    _copy(a.dim, read, parts[0], place, simd)
 
         with T.sblock("root"):
             count = batch * seq * a.kv_heads
@@ -143,28 +174,72 @@ def append(attention: Attention, dtype: str, simd: Simd) -> tirx.PrimFunc:
     return build(body)
 
 
-def attend(attention: Attention, dtype: str, simd: Simd) -> tirx.PrimFunc:
-    """Make ``(q, past, keys, values, out)``: attend to caches that hold the queries' own keys."""
+def _copy(dim: int, read: Read, cache: Any, place: Sequence[Expr], simd: Simd) -> None:
+    """Write a row to a place of a float cache."""
+
+    def copy(c: int | Expr, lanes: int, _: int) -> None:
+        store(cache, _cast(read(c, lanes), cache.dtype), *place, c)
+
+    sweep(dim, simd, copy)
+
+
+def _encode(
+    dim: int, fmt: CacheFormat, read: Read, parts: list[Any], place: Sequence[Expr], simd: Simd
+) -> None:
+    """Write a row to a place of a quantized cache, as ``mxcompile.caches.encode`` says."""
+    codes, scales = parts
+    lanes, half = simd.lanes, GROUP // 2
+    low, high = splat(float(fmt.lowest), lanes), splat(float(-fmt.lowest - 1), lanes)
+
+    with T.serial(int64(0), int64(dim // GROUP)) as g:
+        group = [hold(read(g * GROUP + c, lanes)) for c in range(0, GROUP, lanes)]
+        top, bottom = group[0], group[0]
+        for vector in group[1:]:
+            top, bottom = hold(T.max(top, vector)), hold(T.min(bottom, vector))
+        most, least = fold(top, T.max), fold(bottom, T.min)
+        peak = T.Select(most > -least, most, least)
+        scale = hold(T.Cast("float16", peak / T.float32(fmt.lowest)))
+        scale = hold(T.Select(scale == T.float16(0), T.float16(LEAST_SCALE), scale))
+        store(scales, scale, *place, g)
+        step = hold(T.Broadcast(T.Cast("float32", scale), lanes))
+
+        def code(vector: Expr) -> Expr:
+            rounded = T.max(T.min(T.nearbyint(vector / step), high), low)
+            return T.Cast(f"int32x{lanes}", rounded)
+
+        if fmt.bits == 8:
+            for c, vector in zip(range(0, GROUP, lanes), group, strict=True):
+                store(codes, _cast(code(vector), codes.dtype), *place, g * GROUP + c)
+            return
+        pairs = zip(group[: half // lanes], group[half // lanes :], strict=True)
+        for c, (first, second) in zip(range(0, half, lanes), pairs, strict=True):
+            nibbles = T.bitwise_or(
+                code(first) & 15, T.shift_left(code(second) & 15, _ints(4, lanes))
+            )
+            store(codes, _cast(nibbles, codes.dtype), *place, g * half + c)
+
+
+def attend(attention: Attention, caches: Caches, simd: Simd) -> tirx.PrimFunc:
+    """Make ``(q, past, *keys, *values, out)``: attend to caches that hold the own keys too."""
     a = attention
 
     def body() -> None:
         batch, seq, longest = symbol("batch"), symbol("seq"), symbol("longest")
         q = param("q", (batch, seq, _columns(a.q, a.heads, a.dim).width))
         past = param("past", (1,), "int64")
-        keys, values = (
-            param(name, (batch, a.kv_heads, longest, a.dim), dtype) for name in ("keys", "values")
-        )
+        keys, values = caches.declare(a, batch, longest)
         out = param("out", (batch, seq, a.heads * a.dim))
 
         def head(b: Expr, h: Expr) -> _Head:
             return _Head(
                 query=_rows(q, b, a.q, h * a.group, a.dim),
-                key=_cached(keys, b, h),
-                value=_cached(values, b, h),
+                key=_cached(caches.key, keys, b, h),
+                value=_cached(caches.value, values, b, h),
                 put=_writer(out, b, h * a.group, a.dim),
                 bias=None,
                 past=hold(past[0]),
                 keys=hold(past[0] + seq),
+                coded=caches.value.scaled,
             )
 
         with T.sblock("root"):
@@ -205,8 +280,8 @@ def attend_all(attention: Attention, mask: Mask | None, simd: Simd) -> tirx.Prim
 
             return _Head(
                 query=_rows(q, b, a.q, h * a.group, a.dim),
-                key=lambda j: key(j, 0),
-                value=lambda j: value(j, 0),
+                key=lambda first, _: lambda j: key(first + j, 0),
+                value=lambda first, _: lambda j: value(first + j, 0),
                 put=_writer(out, b, h * a.group, a.dim),
                 bias=bias if mask else None,
                 past=int64(0),
@@ -274,9 +349,50 @@ def _writer(buffer: Any, b: Expr, first: Expr, dim: int) -> Callable[[Expr, Expr
     return lambda i, g: lambda c, value: store(buffer, value, b, i, (first + g) * dim + c)
 
 
-def _cached(cache: Any, b: Expr, h: Expr) -> Callable[[Expr], Read]:
-    """Read (batch, head, max, dim) by position and column; scales of other dtypes would go here."""
-    return lambda j: lambda c, n: _cast(load(cache, b, h, j, c, lanes=n), "float32")
+def _plain(buffer: Any, place: tuple[Expr, ...], first: int | Expr = 0) -> Callable[[Expr], Read]:
+    """Read the floats of rows from ``first`` on."""
+    return lambda j: lambda c, n: _cast(load(buffer, *place, first + j, c, lanes=n), "float32")
+
+
+def _cached(fmt: CacheFormat, parts: list[Any], b: Expr, h: Expr) -> Blocks:
+    """Read a cache (batch, head, max, dim); a block's scales are made float32 beforehand."""
+    codes = parts[0]
+    if not fmt.scaled:
+        return lambda first, _: _plain(codes, (b, h), first)
+
+    def block(first: Expr, count: Expr) -> Callable[[Expr], Read]:
+        scales = scratch(_SPAN, int(parts[1].shape[-1]))
+        with T.serial(int64(0), count) as j:
+            _widen(parts[1], (b, h, first + j), scales, j)
+
+        def read(j: Expr, c: Expr, n: int) -> Expr:
+            step = T.Broadcast(load(scales, j, T.floordiv(c, GROUP), lanes=1), n)
+            if fmt.bits == 8:
+                return _cast(load(codes, b, h, first + j, c, lanes=n), "float32") * step
+            # The nibble goes to the top of 32 bits and back down with its sign.
+            half = GROUP // 2
+            at = T.floordiv(c, GROUP) * half + T.floormod(c, half)
+            up = 28 - T.floordiv(T.floormod(c, GROUP), half) * 4
+            word = _cast(load(codes, b, h, first + j, at, lanes=n), "int32")
+            word = T.shift_left(word, T.Broadcast(T.Cast("int32", up), n))
+            return T.Cast(f"float32x{n}", T.shift_right(word, _ints(28, n))) * step
+
+        return lambda j: lambda c, n: read(j, int64(c), n)
+
+    return block
+
+
+def _widen(narrow: Any, place: tuple[Expr, ...], wide: Any, row: Expr) -> None:
+    """Write a row of scales as float32, in vectors as wide as they come."""
+    count, at = int(narrow.shape[-1]), 0
+    while at < count:
+        lanes = min(1 << (count - at).bit_length() - 1, 16)
+        store(wide, _cast(load(narrow, *place, at, lanes=lanes), "float32"), row, at)
+        at += lanes
+
+
+def _ints(value: int, lanes: int) -> Expr:
+    return T.Broadcast(T.int32(value), lanes)
 
 
 def _cast(value: Expr, dtype: str) -> Expr:
@@ -476,7 +592,8 @@ class _Rows:
                 old = load(self.out, row + r, c, lanes=lanes)
                 store(total, old * self.decay[row + r], 0)
         with T.serial(int64(0), count) as j:
-            columns = [_padded(value(j), chunk, lanes) for chunk in chunks]
+            read = value(j)
+            columns = [_padded(read, chunk, lanes) for chunk in chunks]
             for r, line in enumerate(sums):
                 weight = hold(self.scores[row + r, j])
                 for total, column in zip(line, columns, strict=True):
@@ -589,14 +706,13 @@ def _stream(a: Attention, simd: Simd, source: _Head, i: Expr, first: Expr, last:
     with T.serial(int64(0), T.floordiv(last - first + (_SPAN - 1), _SPAN)) as block:
         start = hold(first + block * _SPAN)
         count = hold(T.min(last - start, int64(_SPAN)))
-        _by_fours(height, lambda g, some: _score(source, rows, (g, some), start, count))
+        key, value = source.key(start, count), source.value(start, count)
+        _by_fours(height, lambda g, some: _score(key, rows, (g, some), count))
         with T.serial(int64(0), int64(height)) as g:
             rows.weigh(g, (start, count), (int64(0), count), None)
         _by_fours(
             height,
-            lambda g, some: rows.mix(
-                g, some, simd.registers // 2 // some, count, lambda j: source.value(start + j)
-            ),
+            lambda g, some: rows.mix(g, some, simd.registers // 2 // some, count, value),
         )
     return rows
 
@@ -611,33 +727,31 @@ def _by_fours(count: int, body: Callable[[Expr, int], None]) -> None:
             body(int64(count // (2 * height) * (2 * height)), height)
 
 
-def _score(source: _Head, rows: _Rows, span: tuple[Expr, int], start: Expr, count: Expr) -> None:
-    """Score ``count`` keys from ``start`` against some rows; the vectors run along the columns."""
+def _score(read: Callable[[Expr], Read], rows: _Rows, span: tuple[Expr, int], count: Expr) -> None:
+    """Score a block of keys against some rows; the vectors run along the columns."""
     lanes, height = rows.simd.lanes, span[1]
     keys = max(rows.simd.registers // 2, lanes) // height
     full = hold(T.floordiv(count, keys))
     with T.serial(int64(0), full) as block:
         base = hold(block * keys)
-        _score_tile(source, rows, span, base, [hold(start + base + k) for k in range(keys)])
+        _score_tile([read(hold(base + k)) for k in range(keys)], rows, span, base)
     with T.If(full * keys < count), T.Then():
         base = hold(full * keys)
         last = hold(count - 1)
-        places = [hold(start + T.min(base + k, last)) for k in range(keys)]
-        _score_tile(source, rows, span, base, places)
+        lines = [read(hold(T.min(base + k, last))) for k in range(keys)]
+        _score_tile(lines, rows, span, base)
 
 
-def _score_tile(
-    source: _Head, rows: _Rows, span: tuple[Expr, int], base: Expr, places: list[Expr]
-) -> None:
-    """Score the keys at some places; keep the scores from ``base``."""
+def _score_tile(lines: list[Read], rows: _Rows, span: tuple[Expr, int], base: Expr) -> None:
+    """Score some keys; keep the scores from ``base``."""
     row, height = span
-    lanes, dim, keys = rows.simd.lanes, rows.attention.dim, len(places)
+    lanes, dim, keys = rows.simd.lanes, rows.attention.dim, len(lines)
     sums = registers(height * keys, lanes)
 
     def step(chunk: tuple[Any, int]) -> None:
         query = [hold(load(rows.query, row + r, chunk[0], lanes=lanes)) for r in range(height)]
-        for k, place in enumerate(places):
-            key = _padded(source.key(place), chunk, lanes)
+        for k, line in enumerate(lines):
+            key = _padded(line, chunk, lanes)
             for r in range(height):
                 total = sums[r * keys + k]
                 store(total, load(total, 0, lanes=lanes) + query[r] * key, 0)
@@ -690,6 +804,7 @@ def _tile(a: Attention, simd: Simd, source: _Head, first: Expr, count: Expr, mos
     tiles = -(-most * a.group // _HEIGHT)
     rows = _Rows.allocate(a, simd, tiles * _HEIGHT, _KEYS)
     keys = scratch(_padded_dim(a, simd), _KEYS)
+    decoded = scratch(_KEYS, a.dim) if source.coded else None
     used = hold(T.floordiv(count * a.group + (_HEIGHT - 1), _HEIGHT))
     vectors = simd.registers * 3 // 4 // _HEIGHT
 
@@ -706,6 +821,8 @@ def _tile(a: Attention, simd: Simd, source: _Head, first: Expr, count: Expr, mos
         start = hold(low + block * _KEYS)
         length = hold(T.min(high - start, int64(_KEYS)))
         _fetch(a, simd, source, keys, start, length)
+        if decoded is not None:
+            _decode_values(a, simd, source.value(start, length), decoded, length)
         with T.serial(int64(0), used) as t:
             _product(rows, keys, hold(t * _HEIGHT), vectors)
         with T.serial(int64(0), used * _HEIGHT) as r:
@@ -713,8 +830,9 @@ def _tile(a: Attention, simd: Simd, source: _Head, first: Expr, count: Expr, mos
             begin, end = _visible(a, source, i)
             seen = (T.max(begin - start, int64(0)), T.min(end - start, length))
             rows.weigh(r, (start, length), seen, source.bias and source.bias(i, g))
+        value = _plain(decoded, ()) if decoded is not None else source.value(start, length)
         with T.serial(int64(0), used) as t:
-            rows.mix(hold(t * _HEIGHT), _HEIGHT, vectors, length, lambda j: source.value(start + j))
+            rows.mix(hold(t * _HEIGHT), _HEIGHT, vectors, length, value)
 
     with T.serial(int64(0), count * a.group) as r:
         rows.finish(r, source.put(*place(r)))
@@ -722,12 +840,12 @@ def _tile(a: Attention, simd: Simd, source: _Head, first: Expr, count: Expr, mos
 
 def _fetch(a: Attention, simd: Simd, source: _Head, keys: Any, start: Expr, length: Expr) -> None:
     """Transpose a block of keys; the last of a short block is repeated."""
-    lanes = simd.lanes
+    lanes, read = simd.lanes, source.key(start, length)
     with T.serial(int64(0), int64(_KEYS // lanes)) as v:
-        places = [hold(start + T.min(v * lanes + k, length - 1)) for k in range(lanes)]
+        reads = [read(hold(T.min(v * lanes + k, length - 1))) for k in range(lanes)]
 
         def square(chunk: tuple[Any, int]) -> None:
-            lines = [_padded(source.key(p), chunk, lanes) for p in places]
+            lines = [_padded(read, chunk, lanes) for read in reads]
             for i, column in enumerate(_transpose(lines)):
                 store(keys, column, chunk[0] + i, v * lanes)
 
@@ -735,6 +853,16 @@ def _fetch(a: Attention, simd: Simd, source: _Head, keys: Any, start: Expr, leng
             square((c * lanes, lanes))
         for chunk in _chunks(a.dim, lanes)[a.dim // lanes :]:
             square(chunk)
+
+
+def _decode_values(
+    a: Attention, simd: Simd, value: Callable[[Expr], Read], decoded: Any, length: Expr
+) -> None:
+    """Write a block of values as floats; heads with coded values are whole vectors wide."""
+    with T.serial(int64(0), length) as j:
+        read = value(j)
+        with T.serial(int64(0), int64(a.dim // simd.lanes)) as c:
+            store(decoded, read(c * simd.lanes, simd.lanes), j, c * simd.lanes)
 
 
 def _product(rows: _Rows, keys: Any, row: Expr, vectors: int) -> None:

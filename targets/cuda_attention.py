@@ -17,7 +17,8 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from mxcompile.targets.cpu_attention import Attention, Mask
+from mxcompile.formats import GROUP, LEAST_SCALE, CacheFormat
+from mxcompile.targets.cpu_attention import Attention, Caches, Mask
 from mxcompile.targets.cpu_norm import LOWEST, Columns, int64, param, symbol
 from mxcompile.targets.cuda_block import (
     Block,
@@ -50,25 +51,31 @@ class CudaAttention:
     splits: int = 16
     serial: bool = False
 
-    def append(self, a: Attention, dtype: str) -> tirx.PrimFunc:
-        """Make ``(k, v, past, keys, values)``: write k and v to the caches from ``past``."""
+    def append(self, a: Attention, caches: Caches) -> tirx.PrimFunc:
+        """Make ``(k, v, past, *keys, *values)``: write k and v to the caches from ``past``."""
 
         def body() -> None:
             batch, seq, longest = symbol("batch"), symbol("seq"), symbol("longest")
             k = param("k", (batch, seq, _columns(a.k, a.kv_heads, a.dim).width))
             v = param("v", (batch, seq, _columns(a.v, a.kv_heads, a.dim).width))
             past = param("past", (1,), "int64")
-            keys, values = (
-                param(name, (batch, a.kv_heads, longest, a.dim), dtype)
-                for name in ("keys", "values")
-            )
+            keys, values = caches.declare(a, batch, longest)
+            sides = ((k, a.k, caches.key, keys), (v, a.v, caches.value, values))
+            counts = [a.dim // GROUP if fmt.scaled else a.dim for _, _, fmt, _ in sides]
 
             def one(b: Expr, i: Expr, h: Expr, c: Expr) -> None:
-                for new, place, cache in ((k, a.k, keys), (v, a.v, values)):
-                    value = new[b, i, h * a.dim + _columns(place, a.kv_heads, a.dim).offset + c]
-                    store(cache, T.Cast(dtype, value), b, h, past[0] + i, c)
+                place = (b, h, past[0] + i)
+                for (new, at, fmt, parts), count in zip(sides, counts, strict=True):
+                    first = h * a.dim + _columns(at, a.kv_heads, a.dim).offset
+                    with when(c < count):
+                        if fmt.scaled:
+                            start = hold(first + c * GROUP)
+                            group = [hold(new[b, i, start + e]) for e in range(GROUP)]
+                            _encode(fmt, group, parts, place, c)
+                        else:
+                            store(parts[0], T.Cast(fmt.dtype, new[b, i, first + c]), *place, c)
 
-            self._each((batch, seq, int64(a.kv_heads), int64(a.dim)), one)
+            self._each((batch, seq, int64(a.kv_heads), int64(max(counts))), one)
 
         return build(body)
 
@@ -100,24 +107,19 @@ class CudaAttention:
 
         return build(body)
 
-    def attend(self, a: Attention, dtype: str) -> tirx.PrimFunc:
-        """Make ``(q, past, keys, values, out)``: attend to caches that hold the own keys too."""
+    def attend(self, a: Attention, caches: Caches) -> tirx.PrimFunc:
+        """Make ``(q, past, *keys, *values, out)``: attend to caches that hold the own keys too."""
 
         def body() -> None:
             batch, seq, longest = symbol("batch"), symbol("seq"), symbol("longest")
             q = param("q", (batch, seq, _columns(a.q, a.heads, a.dim).width))
             past = param("past", (1,), "int64")
-            keys, values = (
-                param(name, (batch, a.kv_heads, longest, a.dim), dtype)
-                for name in ("keys", "values")
-            )
+            keys, values = caches.declare(a, batch, longest)
             out = param("out", (batch, seq, a.heads * a.dim))
 
             def source(b: Expr, h: Expr) -> _Source:
-                def read(cache: Any) -> Callable[[Expr, Expr], Expr]:
-                    return lambda j, c: T.Cast("float32", cache[b, h, j, c])
-
-                return _Source(a, q, b, h, read(keys), read(values), past[0], past[0] + seq, None)
+                key, value = _cached(caches.key, keys, b, h), _cached(caches.value, values, b, h)
+                return _Source(a, q, b, h, key, value, past[0], past[0] + seq, None)
 
             with T.If(seq == 1):
                 with T.Then():
@@ -475,3 +477,50 @@ class _Walk:
 
 def _columns(place: Columns | None, heads: int, dim: int) -> Columns:
     return place or Columns(heads * dim)
+
+
+def _encode(
+    fmt: CacheFormat, group: list[Expr], parts: list[Any], place: tuple[Expr, ...], at: Expr
+) -> None:
+    """Write the numbers of a group to a quantized cache, as ``mxcompile.caches.encode`` says."""
+    codes, scales = parts
+    most, least = group[0], group[0]
+    for number in group[1:]:
+        most, least = hold(T.max(most, number)), hold(T.min(least, number))
+    peak = T.Select(most > -least, most, least)
+    scale = hold(T.Cast("float16", peak / T.float32(fmt.lowest)))
+    scale = hold(T.Select(scale == T.float16(0), T.float16(LEAST_SCALE), scale))
+    store(scales, scale, *place, at)
+    step = hold(T.Cast("float32", scale))
+
+    def code(number: Expr) -> Expr:
+        rounded = T.min(T.nearbyint(number / step), T.float32(-fmt.lowest - 1))
+        return T.Cast("int32", T.max(rounded, T.float32(fmt.lowest)))
+
+    if fmt.bits == 8:
+        for e, number in enumerate(group):
+            store(codes, T.Cast(fmt.dtype, code(number)), *place, at * GROUP + e)
+        return
+    half = GROUP // 2
+    for e in range(half):
+        low, high = T.bitwise_and(code(group[e]), 15), T.shift_left(code(group[e + half]), 4)
+        store(codes, T.Cast(fmt.dtype, T.bitwise_or(low, high)), *place, at * half + e)
+
+
+def _cached(fmt: CacheFormat, parts: list[Any], b: Expr, h: Expr) -> Callable[[Expr, Expr], Expr]:
+    """Read a cache by position and column."""
+    if not fmt.scaled:
+        return lambda j, c: T.Cast("float32", parts[0][b, h, j, c])
+    codes, scales = parts
+
+    def read(j: Expr, c: Expr) -> Expr:
+        step = T.Cast("float32", scales[b, h, j, c // GROUP])
+        if fmt.bits == 8:
+            return T.Cast("float32", codes[b, h, j, c]) * step
+        # The nibble goes to the top of 32 bits and back down with its sign.
+        half = GROUP // 2
+        word = T.Cast("int32", codes[b, h, j, c // GROUP * half + c % half])
+        up = 28 - T.Cast("int32", c % GROUP // half) * 4
+        return T.Cast("float32", T.shift_right(T.shift_left(word, up), 28)) * step
+
+    return read

@@ -23,7 +23,7 @@ from mxcompile.targets import (
     cuda_binary,
     cuda_schedule,
 )
-from mxcompile.targets.cpu_attention import Attention, Mask
+from mxcompile.targets.cpu_attention import Attention, Caches, Mask
 from mxcompile.targets.cpu_matmul import Instructions, MatmulKernel
 from mxcompile.targets.cpu_norm import Columns, Runs, Simd
 from mxcompile.targets.cuda_attention import CudaAttention
@@ -66,11 +66,11 @@ class NormTemplates(Protocol):
 class AttentionTemplates(Protocol):
     """Attention and rotary embedding; see ``cpu_attention``."""
 
-    def append(self, a: Attention, dtype: str) -> PrimFunc:
-        """Make ``(k, v, past, keys, values)``."""
+    def append(self, a: Attention, caches: Caches) -> PrimFunc:
+        """Make ``(k, v, past, *keys, *values)``."""
 
-    def attend(self, a: Attention, dtype: str) -> PrimFunc:
-        """Make ``(q, past, keys, values, out)``."""
+    def attend(self, a: Attention, caches: Caches) -> PrimFunc:
+        """Make ``(q, past, *keys, *values, out)``."""
 
     def attend_all(self, a: Attention, mask: Mask | None) -> PrimFunc:
         """Make ``(q, k, v, [mask,] out)``."""
@@ -125,11 +125,11 @@ class _CpuNorm:
 class _CpuAttention:
     simd: Simd
 
-    def append(self, a: Attention, dtype: str) -> PrimFunc:
-        return cpu_attention.append(a, dtype, self.simd)
+    def append(self, a: Attention, caches: Caches) -> PrimFunc:
+        return cpu_attention.append(a, caches, self.simd)
 
-    def attend(self, a: Attention, dtype: str) -> PrimFunc:
-        return cpu_attention.attend(a, dtype, self.simd)
+    def attend(self, a: Attention, caches: Caches) -> PrimFunc:
+        return cpu_attention.attend(a, caches, self.simd)
 
     def attend_all(self, a: Attention, mask: Mask | None) -> PrimFunc:
         return cpu_attention.attend_all(a, mask, self.simd)

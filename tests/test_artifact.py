@@ -74,8 +74,8 @@ def test_a_changed_cut_or_missing_file_is_named(toy_artifact: Path, name: str) -
         (b"\xff\xfe\xfa", "cannot be read"),
         (b"[]", "not a JSON object"),
         (b"{}", "format version None"),
-        (b'{"format_version": 2}', "format version 2"),
-        (b'{"format_version": 1}', "digest differs"),
+        (b'{"format_version": 1}', "format version 1"),
+        (b'{"format_version": 2}', "digest differs"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(
@@ -129,7 +129,7 @@ def test_manifest_has_a_text_form() -> None:
         {"parameters": True},
         {"weights": "table"},
         {"weights": [1]},
-        {"kv_cache": {"dtype": "float16"}},
+        {"kv_cache": {"layers": []}},
         {"kv_cache": 5},
         {"generation": {"vocabulary": 3}},
         {"files": {"a": "b"}},

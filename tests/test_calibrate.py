@@ -1,5 +1,6 @@
 """Statistics of small models against their definitions, and factors against measured harm."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mxcompile import calibrate, graph, observe, statistics
+from mxcompile import caches, calibrate, graph, observe, statistics
 from mxcompile.calibrate import Draft
 from mxcompile.float_model import Feed, FloatModel, patches
-from mxcompile.formats import FORMATS
+from mxcompile.formats import CACHE_FORMATS, FORMATS, CacheFormat
 from mxcompile.interpret import Interpreter
 from mxcompile.observe import Observer
 from mxcompile.probe import PERTURBATION
@@ -168,7 +169,67 @@ def test_rounding_of_activations_is_priced_as_it_harms(
 
 
 def test_forward_prices_no_rounding(probed: Statistics) -> None:
-    assert probed.rounding == {}
+    assert (probed.rounding, probed.caches) == ({}, {})
+
+
+ATTENTION = """
+g (int64[batch, seq] input_ids, float[batch, 2, past, 32] past_key_values_0_key,
+   float[batch, 2, past, 32] past_key_values_0_value) => (float[batch, seq, 200] logits) {
+    e = Gather(embedding, input_ids)
+    k = mxcompile.Linear(e, key)
+    v = mxcompile.Linear(e, value)
+    q = mxcompile.Linear(e, query)
+    a, present_0_key, present_0_value = Attention
+        <q_num_heads = 4, kv_num_heads = 2, is_causal = 1, scale = 0.5>
+        (q, k, v, , past_key_values_0_key, past_key_values_0_value)
+    o = mxcompile.Linear(a, output)
+    s = Add(e, o)
+    n = RMSNormalization(s, norm)
+    logits = mxcompile.Linear(n, embedding)
+}
+"""
+
+
+def test_formats_of_caches_are_priced_as_they_harm(tokens: np.ndarray) -> None:
+    w = {
+        "embedding": random(VOCABULARY, WIDTH, seed=0),
+        "key": random(64, WIDTH, seed=1, scale=0.3),
+        "value": random(64, WIDTH, seed=2, scale=0.3),
+        "query": random(128, WIDTH, seed=3, scale=0.3),
+        "output": random(WIDTH, 128, seed=4, scale=0.2),
+    }
+    model = build(ATTENTION + LINEAR, **w, norm=np.ones(WIDTH, np.float32))
+    feeds = list(token_feeds(model, tokens))
+    found = calibrate.collect(model, graph.uses(model), feeds).caches
+    names = ["past_key_values_0_key", "past_key_values_0_value"]
+    assert [c.name for c in caches.find(model)] == names == list(found)
+    t = {key: torch.from_numpy(value) for key, value in w.items()}
+    e = t["embedding"][torch.from_numpy(tokens)]
+    q, k, v = (
+        (e @ t[name].T).reshape(*e.shape[:2], -1, 32).transpose(1, 2)
+        for name in ("query", "key", "value")
+    )
+
+    def logits(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        a = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=0.5, enable_gqa=True
+        )
+        n = functional.rms_norm(e + a.transpose(1, 2).flatten(2) @ t["output"].T, (WIDTH,))
+        return n @ t["embedding"].T
+
+    def kept(x: torch.Tensor, fmt: CacheFormat) -> torch.Tensor:
+        return torch.from_numpy(caches.decode(caches.encode(x.numpy(), fmt), fmt))
+
+    for fmt in (CACHE_FORMATS["int4"], CACHE_FORMATS["int8"]):
+        exact = logits(k, v)
+        for name, rough in zip(
+            names, (logits(kept(k, fmt), v), logits(k, kept(v, fmt))), strict=True
+        ):
+            # 60 labels of one draw each: within a third or so.
+            harm = divergence(exact, rough)
+            assert 0.6 * harm <= found[name][fmt.name] <= 1.7 * harm, (name, fmt)
+    for by_format in found.values():
+        assert by_format["int4"] > 50 * by_format["int8"] > 50 * by_format["fp16"] > 0
 
 
 def test_second_moments(language_model: ir.Model, tokens: np.ndarray, probed: Statistics) -> None:
@@ -505,7 +566,7 @@ def test_progress_is_told() -> None:
 
 def same(a: Statistics, b: Statistics) -> bool:
     def flat(s: Statistics) -> list[Any]:
-        found: list[Any] = [s.samples]
+        found: list[Any] = [s.samples, dict(s.caches)]
         for unit, uses in s.uses.items():
             for use, factor in zip(uses, s.factors[unit], strict=True):
                 values = use.moment.tolist(), use.rows.tolist(), factor
@@ -517,6 +578,7 @@ def same(a: Statistics, b: Statistics) -> bool:
 
 def test_statistics_survive_a_file(found: Statistics, tmp_path: Path) -> None:
     path = tmp_path / "cache" / "key.safetensors"
+    found = replace(found, caches={"past_key_values.0.key": {"int4": 0.25, "int8": 0.001}})
     statistics.save(found, path)
     again = statistics.load(path)
     assert same(again, found)

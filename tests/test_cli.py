@@ -85,7 +85,7 @@ def test_a_first_word_that_is_no_verb_is_a_model(
     assert "bits per weight" in out and "int4 60.0 %" in out and "time      solve" in out
     (job,) = compiler
     assert (job.model, job.budgets, job.output) == (model, ("3bit", "1MB"), Path("x.mxc"))
-    assert (job.force, job.target, job.activations, job.kv_dtype) == (True, "x86", "auto", "fp16")
+    assert (job.force, job.target, job.activations, job.caches) == (True, "x86", "auto", None)
     run("--target", "arm", model)
     assert (compiler[1].target, compiler[1].budgets) == ("arm", ("4.2bit",))
     assert compiler[1].output == Path("toy.mxc")
@@ -207,7 +207,11 @@ def test_bench_gives_a_row_a_test_and_threads(run: Run, compiled: Path) -> None:
 def test_inspect_and_list(run: Run, compiled: Path, model: Path) -> None:
     found = json.loads(run("inspect", compiled / "toy.mxc", "--json")[1])
     assert found["formats"] == {"int4": 384, "int8": 256}
-    assert "2 int4, 1 int8" in run("inspect", compiled / "toy.mxc")[1]
+    shown = run("inspect", compiled / "toy.mxc")[1]
+    assert "2 int4, 1 int8" in shown
+    size = 2 * 2 * toy.WIDTH
+    assert f"{size} bytes a token, 16.00 bits a number: keys fp16*1; values fp16*1" in shown
+    assert found["kv_cache"]["token_bytes"] == size
     assert "2 int4, 1 int8" in run("inspect", compiled / "toy.mxc" / "plan.json")[1]
     assert "attention_mask: INT64[batch, total]" in run("inspect", model)[1]
     for what in ("targets", "formats", "passes", "strategies"):
@@ -275,6 +279,8 @@ def test_unforeseen_errors(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         ["compile", "nothing.onnx"],
         ["compile", "."],
         ["model.onnx", "--kv-cache", "int1"],
+        ["model.onnx", "--kv-cache", "int8,int4,int4"],
+        ["model.onnx", "--kv-cache", "600MB"],
     ],
 )
 def test_usage_errors_are_one_line(run: Run, words: list[str]) -> None:

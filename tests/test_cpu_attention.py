@@ -11,7 +11,17 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax
 
-from mxcompile.targets.cpu_attention import Attention, Mask, append, attend, attend_all, rotary
+from mxcompile.caches import decode, encode
+from mxcompile.formats import CACHE_FORMATS
+from mxcompile.targets.cpu_attention import (
+    Attention,
+    Caches,
+    Mask,
+    append,
+    attend,
+    attend_all,
+    rotary,
+)
 from mxcompile.targets.cpu_norm import Columns, Simd
 from tests import arm
 
@@ -68,8 +78,8 @@ def one_call(kernel: Any, inputs: list[relax.Var], out: tuple[Any, ...], mcpu: s
     return compiled(emit, mcpu)
 
 
-def decoder(a: Attention, dtype: str, mcpu: str) -> Any:
-    """Build ``main(q, k, v, past, keys, values) -> out``, which updates the caches in place."""
+def decoder(a: Attention, caches: Caches, mcpu: str) -> Any:
+    """Build ``main(q, k, v, past, *keys, *values) -> out``, which updates the caches in place."""
     simd = TARGETS[mcpu]
     batch, seq = (tvm.tirx.Var(name, "int64") for name in ("batch", "seq"))
     wide = a.kv_heads * a.dim
@@ -77,24 +87,25 @@ def decoder(a: Attention, dtype: str, mcpu: str) -> Any:
     k = tensor("k", (batch, seq, a.k.width if a.k else wide))
     v = tensor("v", (batch, seq, a.v.width if a.v else wide))
     past = tensor("past", (1,), "int64")
-    keys, values = (
-        tensor(name, (batch, a.kv_heads, LONGEST, a.dim), dtype) for name in ("keys", "values")
-    )
+    parts = [
+        tensor(f"part{i}", (batch, a.kv_heads, LONGEST, columns), dtype)
+        for i, (dtype, columns) in enumerate(caches.parts(a.dim))
+    ]
 
     def emit(builder: relax.BlockBuilder) -> None:
-        inputs = [q, k, v, past, keys, values]
-        with builder.function("main", inputs):
+        with builder.function("main", [q, k, v, past, *parts]):
             with builder.dataflow():
-                write = builder.add_func(append(a, dtype, simd), "append")
-                read = builder.add_func(attend(a, dtype, simd), "attend")
-                caches = builder.emit(
+                write = builder.add_func(append(a, caches, simd), "append")
+                read = builder.add_func(attend(a, caches, simd), "attend")
+                places = list(range(3, 3 + len(parts)))
+                kept = builder.emit(
                     relax.op.call_tir_inplace(
-                        write, [k, v, past, keys, values], [3, 4], [keys.ty, values.ty]
+                        write, [k, v, past, *parts], places, [part.ty for part in parts]
                     )
                 )
                 call = relax.call_tir(
                     read,
-                    [q, past, caches[0], caches[1]],
+                    [q, past, *(kept[i] for i in range(len(parts)))],
                     out_ty=relax.TensorType((batch, seq, a.heads * a.dim), "float32"),
                 )
                 result = builder.emit_output(builder.emit(call))
@@ -135,30 +146,56 @@ def reference(
     return out.reshape(*out.shape[:2], -1), 2.0**-24 * roundings * np.abs(values).max()
 
 
+def formats(key: str, value: str) -> Caches:
+    return Caches(CACHE_FORMATS[key], CACHE_FORMATS[value])
+
+
+class Kept:
+    """A cache as it should be: what was appended, encoded; beyond that what nobody may read."""
+
+    def __init__(self, rows: Array, past: int, fmt: str) -> None:
+        self.format = CACHE_FORMATS[fmt]
+        self.parts = list(encode(rows, self.format))
+        for part in self.parts:
+            part[:, :, past:] = np.nan if part.dtype.kind == "f" else 77
+
+    def append(self, new: Array, past: int) -> None:
+        """Write rows [batch, head, seq, dim] from ``past`` on."""
+        for part, written in zip(self.parts, encode(new, self.format), strict=True):
+            part[:, :, past : past + new.shape[2]] = written
+
+    def rows(self, count: int) -> Array:
+        """The first rows, as attention sees them."""
+        return decode([part[:, :, :count] for part in self.parts], self.format)
+
+
 CASES = {
-    "mha": (Attention(2, 2, 64, 0.125), "float16"),
-    "windowed": (Attention(4, 1, 256, 0.0625, window=20), "float16"),
-    "grouped": (Attention(4, 2, 16, 0.25), "float32"),
-    "uneven": (Attention(3, 1, 20, 0.3, softcap=5.0), "float32"),
+    "mha": (Attention(2, 2, 64, 0.125), ("fp16", "fp16")),
+    "windowed": (Attention(4, 1, 256, 0.0625, window=20), ("fp16", "fp16")),
+    "grouped": (Attention(4, 2, 16, 0.25), ("fp32", "fp32")),
+    "uneven": (Attention(3, 1, 20, 0.3, softcap=5.0), ("fp32", "fp32")),
     "fused": (
         Attention(4, 2, 80, 0.1, q=Columns(656, 8), k=Columns(656, 328), v=Columns(656, 488)),
-        "float16",
+        ("fp16", "fp32"),
     ),
+    "bytes": (Attention(4, 1, 256, 0.0625, window=20), ("int8", "int8")),
+    "nibbles": (Attention(4, 2, 64, 0.125), ("int4", "int4")),
+    "bytes and nibbles": (
+        Attention(3, 1, 96, 0.1, q=Columns(492, 8), k=Columns(492, 298), v=Columns(492, 395)),
+        ("int8", "int4"),
+    ),
+    "nibbles and floats": (Attention(6, 2, 160, 0.1, softcap=9.0), ("int4", "fp16")),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_attend_matches_float64(case: str, mcpu: str, rng: np.random.Generator) -> None:
-    a, dtype = CASES[case]
-    run = decoder(a, dtype, mcpu)
+    a, names = CASES[case]
+    run = decoder(a, formats(*names), mcpu)
     for seq in (1, 2, 7, 33, 130):
         for past, batch in ((0, 2), (5, 1), (64, 1), (300, 2)):
-            keys, values = (
-                rng.standard_normal((batch, a.kv_heads, LONGEST, a.dim)).astype(dtype)
-                for _ in range(2)
-            )
-            for cache in (keys, values):  # whoever reads beyond the end meets NaN
-                cache[:, :, past:] = np.nan
+            shape = (batch, a.kv_heads, LONGEST, a.dim)
+            keys, values = (Kept(rng.standard_normal(shape, np.float32), past, n) for n in names)
             inputs = [
                 rng.standard_normal(
                     (batch, seq, place.width if place else heads * a.dim), np.float32
@@ -173,16 +210,14 @@ def test_attend_matches_float64(case: str, mcpu: str, rng: np.random.Generator) 
                     inputs, (a.q, a.k, a.v), (a.heads, a.kv_heads, a.kv_heads), strict=True
                 )
             )
-            caches = [tvm.runtime.tensor(c) for c in (keys, values)]
+            caches = [tvm.runtime.tensor(c) for c in (*keys.parts, *values.parts)]
             out = run(*inputs, np.array([past]), *caches)
 
             for cache, new in zip((keys, values), (k, v), strict=True):
-                cache[:, :, past : past + seq] = split(new, a.kv_heads)
-            for cache, want in zip(caches, (keys, values), strict=True):
-                np.testing.assert_array_equal(cache.numpy(), want)
-            want, bound = reference(
-                a, q, keys[:, :, : past + seq], values[:, :, : past + seq], past
-            )
+                cache.append(split(new, a.kv_heads), past)
+            for found, part in zip(caches, (*keys.parts, *values.parts), strict=True):
+                np.testing.assert_array_equal(found.numpy(), part)
+            want, bound = reference(a, q, keys.rows(past + seq), values.rows(past + seq), past)
             np.testing.assert_allclose(
                 out.numpy(), want, atol=bound, rtol=0, err_msg=f"{seq} {past}"
             )
@@ -270,7 +305,7 @@ def test_attend_matches_onnxruntime(
     caches = [np.full((batch, 2, LONGEST, 64), np.nan, np.float32) for _ in range(2)]
     for cache, name in zip(caches, ("keys", "values"), strict=True):
         cache[:, :, :past] = args[name]
-    run = decoder(a, "float32", "haswell")
+    run = decoder(a, formats("fp32", "fp32"), "haswell")
     out = run(args["q"], args["k"], args["v"], np.array([past]), *caches)
     _, bound = reference(a, args["q"], keys, values, past)
     np.testing.assert_allclose(out.numpy(), want, atol=2 * bound, rtol=0)

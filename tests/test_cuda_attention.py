@@ -11,7 +11,7 @@ from mxcompile.targets.cpu_attention import Attention, Mask
 from mxcompile.targets.cpu_norm import Columns, Runs
 from mxcompile.targets.cuda_norm import CudaNorm
 from tests.cuda import Reading, readings
-from tests.test_cpu_attention import LONGEST, reference, split
+from tests.test_cpu_attention import LONGEST, Kept, formats, reference, split
 from tests.test_cpu_norm import EPS, exact_layer_norm, exact_rms_norm, exact_softmax
 
 Array = NDArray[Any]
@@ -40,14 +40,21 @@ class Built:
 
 
 CASES = {
-    "windowed": (Attention(4, 1, 256, 0.0625, window=20), "float16"),
-    "grouped": (Attention(4, 2, 16, 0.25, softcap=3.0), "float32"),
+    "windowed": (Attention(4, 1, 256, 0.0625, window=20), ("fp16", "fp16")),
+    "grouped": (Attention(4, 2, 16, 0.25, softcap=3.0), ("fp32", "fp32")),
     "odd, from one buffer": (
         Attention(
             6, 2, 20, 0.2, q=Columns(230, 10), k=Columns(230, 130), v=Columns(230, 170), window=33
         ),
-        "float32",
+        ("fp16", "fp32"),
     ),
+    "bytes": (Attention(4, 1, 256, 0.0625, window=20), ("int8", "int8")),
+    "nibbles": (Attention(4, 2, 64, 0.125), ("int4", "int4")),
+    "bytes and nibbles, from one buffer": (
+        Attention(3, 1, 96, 0.1, q=Columns(492, 8), k=Columns(492, 298), v=Columns(492, 395)),
+        ("int8", "int4"),
+    ),
+    "nibbles and floats": (Attention(6, 2, 160, 0.1, softcap=9.0), ("int4", "fp16")),
 }
 
 
@@ -55,15 +62,13 @@ CASES = {
 def test_cached_attention_matches_float64(
     reading: Reading, case: str, rng: np.random.Generator
 ) -> None:
-    a, dtype = CASES[case]
-    attend, batch = Built(reading, reading.attention.attend(a, dtype)), 2
-    write = reading.build({"main": reading.attention.append(a, dtype)})["main"]
+    a, names = CASES[case]
+    caches = formats(*names)
+    attend, batch = Built(reading, reading.attention.attend(a, caches)), 2
+    write = reading.build({"main": reading.attention.append(a, caches)})["main"]
     for seq, past in ((1, 0), (1, 9), (1, 260), (3, 7), (50, 0), (37, 100)):
-        keys, values = (
-            rng.standard_normal((batch, a.kv_heads, LONGEST, a.dim)).astype(dtype) for _ in range(2)
-        )
-        for cache in (keys, values):  # whoever reads beyond the end meets NaN
-            cache[:, :, past:] = np.nan
+        shape = (batch, a.kv_heads, LONGEST, a.dim)
+        keys, values = (Kept(rng.standard_normal(shape, np.float32), past, n) for n in names)
         places = ((a.q, a.heads), (a.k, a.kv_heads), (a.v, a.kv_heads))
         inputs = [
             rng.standard_normal((batch, seq, place.width if place else heads * a.dim), np.float32)
@@ -73,16 +78,15 @@ def test_cached_attention_matches_float64(
             inputs[1:] = [inputs[0]] * 2
         offsets = [(place.offset if place else 0, heads * a.dim) for place, heads in places]
         q, k, v = (x[..., o : o + n] for x, (o, n) in zip(inputs, offsets, strict=True))
-        caches = [reading.tensor(c) for c in (keys, values)]
+        parts = [reading.tensor(c) for c in (*keys.parts, *values.parts)]
         at = reading.tensor(np.array([past]))
-        write(*map(reading.tensor, inputs[1:]), at, *caches)
+        write(*map(reading.tensor, inputs[1:]), at, *parts)
         for cache, new in zip((keys, values), (k, v), strict=True):
-            cache[:, :, past : past + seq] = split(new, a.kv_heads)
-        for cache, want in zip(caches, (keys, values), strict=True):
-            np.testing.assert_array_equal(cache.numpy(), want)
-        out = attend([inputs[0], at, *caches], (batch, seq, a.heads * a.dim))
-        seen = past + seq
-        want, bound = reference(a, q, keys[:, :, :seen], values[:, :, :seen], past)
+            cache.append(split(new, a.kv_heads), past)
+        for found, part in zip(parts, (*keys.parts, *values.parts), strict=True):
+            np.testing.assert_array_equal(found.numpy(), part)
+        out = attend([inputs[0], at, *parts], (batch, seq, a.heads * a.dim))
+        want, bound = reference(a, q, keys.rows(past + seq), values.rows(past + seq), past)
         np.testing.assert_allclose(out, want, atol=bound, rtol=0, err_msg=f"{seq} {past}")
 
 

@@ -9,8 +9,9 @@ import tvm
 
 from mxcompile import gpu, linker
 from mxcompile.errors import UsageError
+from mxcompile.formats import CACHE_FORMATS
 from mxcompile.targets import cuda_binary
-from mxcompile.targets.cpu_attention import Attention
+from mxcompile.targets.cpu_attention import Attention, Caches
 from mxcompile.targets.cpu_norm import Runs
 from mxcompile.targets.cuda_attention import CudaAttention
 from mxcompile.targets.cuda_matmul import CudaMatmul
@@ -73,7 +74,8 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tvm_keeps_its_barriers_out_of_kernels() -> None:
     """A barrier that TVM adds could stand in a loop that not all threads run."""
     require_compiler()
-    attend = CudaAttention().attend(Attention(4, 2, 64, 0.125, window=9), "float16")
+    caches = Caches(CACHE_FORMATS["int4"], CACHE_FORMATS["fp16"])
+    attend = CudaAttention().attend(Attention(4, 2, 64, 0.125, window=9), caches)
     for kernel in (attend, NORM, CudaMatmul().gather_rows()):
         built = build_cuda(tvm.IRModule({"k": kernel.with_attr("global_symbol", "k")}), "sm_80")
         source = built.imports[0].inspect_source()

@@ -18,6 +18,7 @@ import pytest
 
 from mxcompile import cli, deploy, evaluate, gpu, graph, inspection, passes, target, weights
 from mxcompile.artifact import Artifact
+from mxcompile.cache_choice import CacheChoice
 from mxcompile.compiler import Job, compile_model, price_model
 from mxcompile.errors import (
     ArtifactError,
@@ -74,17 +75,20 @@ def mixed_plan(tinylm: Path) -> Path:
 def compile_tiny(
     tinylm: Path, mixed_plan: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Artifact, Path]]:
-    """Compile with float or int8 activations, once each; gives the artifact and its Q/DQ model.
+    """Compile with float or rounded activations and caches; gives the artifact and its Q/DQ model.
 
-    A quick one is quantized without error feedback, which takes long and no kernel sees.
+    Each is compiled once. A quick one is quantized without error feedback, which takes long and no
+    kernel sees. Unless it is said otherwise, caches are float where activations are.
     """
-    done: dict[tuple[str, str, bool], tuple[Artifact, Path]] = {}
+    done: dict[tuple[str, str, str, bool], tuple[Artifact, Path]] = {}
     plain = Quantizer.of(None)
 
     def build(
-        activations: str, where: str = "x86", *, quick: bool = False
+        activations: str, where: str = "x86", caches: str = "", *, quick: bool = False
     ) -> tuple[Artifact, Path]:
-        if (activations, where, quick) not in done:
+        caches = caches or ("fp32" if activations == "fp32" else "int8")
+        key = (activations, where, caches, quick)
+        if key not in done:
             folder = tmp_path_factory.mktemp(activations)
             emitted = folder / "qdq.onnx"
             job = Job(
@@ -93,7 +97,7 @@ def compile_tiny(
                 ("4.2bit",),
                 folder / "out.mxc",
                 activations=activations,  # type: ignore[arg-type]
-                kv_dtype="fp32",
+                caches=CacheChoice.parse(caches),
                 emit_onnx=emitted,
                 dump_ir=folder / "ir",
                 plan=mixed_plan,
@@ -102,8 +106,8 @@ def compile_tiny(
             with pytest.MonkeyPatch.context() as patch:
                 if quick:
                     patch.setattr(Quantizer, "of", lambda _: plain)
-                done[activations, where, quick] = compile_model(job, Progress()), emitted
-        return done[activations, where, quick]
+                done[key] = compile_model(job, Progress()), emitted
+        return done[key]
 
     return build
 
@@ -112,10 +116,11 @@ def onnx_logits(path: Path, tokens: list[int]) -> np.ndarray:
     return np.concatenate(list(evaluate.OnnxSource(path).logits(tokens)))
 
 
+@pytest.mark.parametrize("caches", ["fp32", "fp16", "int8,int4"])
 def test_greedy_continuation_equals_the_emitted_onnx(
-    tinylm: Path, compile_tiny: Callable[[str], tuple[Artifact, Path]]
+    tinylm: Path, compile_tiny: Callable[..., tuple[Artifact, Path]], caches: str
 ) -> None:
-    built, emitted = compile_tiny("fp32")
+    built, emitted = compile_tiny("fp32", caches=caches)
     session = Session(Program.load(built.folder))
     prompt = TextModel.beside(tinylm.parent).encode(PROMPT)
     tokens = list(prompt)
@@ -451,8 +456,8 @@ def arm_decoder(built: Artifact, packed: Path) -> Callable[[list[int]], np.ndarr
     program = machine.load(built.folder / "model.so")
     tensors = weights.read(packed)
     machine.pack("weights", [tensors[name] for name in built.manifest.weights])
-    shapes = [(1, layer.kv_heads, 256, layer.head_dim) for layer in cache.layers for _ in "kv"]
-    machine.pack("caches", [np.zeros(shape, cache.dtype) for shape in shapes])
+    specs = [(spec.dtype, int(spec.shape[1]), int(spec.shape[3])) for spec in cache.tensors]
+    machine.pack("caches", [np.zeros((1, h, 256, d), t) for t, h, d in specs])
     past = 0
 
     def feed(tokens: list[int]) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Golden tests of the passes: each ``ir/*.onnxtxt`` holds a model, a pipeline and what comes out.
 
 ``# RUN:`` is the pipeline, ``# PLAN: w=int4,int3 x=int8`` the formats of a weight's row tiles (int4
-where it says nothing) and of other values that are rounded, ``# ERROR:`` the error expected,
-``# CHECK:`` lines are FileCheck's.
+where it says nothing), of other values that are rounded and of caches, ``# ERROR:`` the error
+expected, ``# CHECK:`` lines are FileCheck's.
 """
 
 import io
@@ -20,7 +20,7 @@ from filecheck.parser import Parser, pattern_for_opts
 
 from mxcompile import graph, passes, target
 from mxcompile.errors import MxError
-from mxcompile.formats import ACTIVATION_FORMATS
+from mxcompile.formats import ACTIVATION_FORMATS, CACHE_FORMATS
 from mxcompile.instruments import Verify
 from mxcompile.pipeline import Context, Pipeline
 from mxcompile.plan import PrecisionPlan, TileFormats
@@ -53,8 +53,9 @@ def run(text: str) -> str:
     formats = dict(item.split("=") for line in directives(text, "PLAN") for item in line.split())
     units = graph.units(model)
     tiles = {u.name: TileFormats.parse(formats.pop(u.name, f"int4*{u.tiles}")) for u in units}
+    cached = {n: CACHE_FORMATS[formats.pop(n)] for n in list(formats) if n.startswith("past")}
     rounded = {name: ACTIVATION_FORMATS[fmt] for name, fmt in formats.items()}
-    plan = PrecisionPlan(units, tiles, rounded)
+    plan = PrecisionPlan(units, tiles, rounded, cached)
     return graph.to_text(apply(annotate + after, model, Context(where, plan)))
 
 

@@ -169,7 +169,13 @@ def manifest(**changes: Any) -> Manifest:
         "inputs": (ids,),
         "outputs": (TensorSpec("logits", "float32", ("batch", "seq", VOCABULARY)),),
         "weights": ("bias", "table"),
-        "kv_cache": KvCache("float16", (CacheLayer(1, WIDTH),)),
+        "kv_cache": KvCache(
+            (CacheLayer(1, WIDTH, "fp16", "fp16"),),
+            tuple(
+                TensorSpec(f"cache.0.{kind}", "float16", ("batch", 1, "max_length", WIDTH))
+                for kind in ("key", "value")
+            ),
+        ),
         "generation": Generation(VOCABULARY, CONTEXT, BOS, (EOS,)),
     }
     return Manifest(**{**values, **changes})

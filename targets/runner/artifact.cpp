@@ -20,7 +20,7 @@
 namespace mx {
 namespace {
 
-constexpr int64_t kFormatVersion = 1;
+constexpr int64_t kFormatVersion = 2;
 constexpr const char* kManifest = "manifest.json";
 constexpr int64_t kLargest = int64_t{1} << 31;  // of what the manifest counts, but parameters
 
@@ -53,13 +53,13 @@ std::vector<TensorSpec> specs(const json::Value& list) {
 void read_decoder(const json::Value& root, Manifest& manifest) {
     const auto cache = root.find("kv_cache"), generation = root.find("generation");
     if (!cache || !generation) root.complain("a decoder without kv_cache or generation");
-    manifest.cache_dtype = cache->at("dtype").string();
-    if (!find_dtype(manifest.cache_dtype)) {
-        cache->complain("a kv_cache of " + manifest.cache_dtype);
-    }
-    cache->at("layers").each([&](json::Value layer) {
-        manifest.cache_layers.push_back(
-            {count(layer.at("kv_heads"), 1, 1 << 20), count(layer.at("head_dim"), 1, 1 << 20)});
+    cache->at("tensors").each([&](json::Value tensor) {
+        const auto dtype = find_dtype(tensor.at("dtype").string());
+        std::vector<json::Value> shape;
+        tensor.at("shape").each([&](json::Value size) { shape.push_back(size); });
+        if (!dtype || shape.size() != 4) tensor.complain("not a cache");
+        manifest.caches.push_back(
+            {*dtype, count(shape[1], 1, 1 << 20), count(shape[3], 1, 1 << 20)});
     });
     manifest.vocabulary = count(generation->at("vocabulary"), 1);
     manifest.context = count(generation->at("max_position_embeddings"), 1);

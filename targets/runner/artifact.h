@@ -31,8 +31,10 @@ struct TensorSpec {
     std::string text() const;
 };
 
-struct CacheLayer {
-    int64_t kv_heads, head_dim;
+// A tensor [batch, kv heads, length, columns] of keys or values, or of their scales.
+struct CacheTensor {
+    DType dtype;
+    int64_t kv_heads, columns;
 };
 
 struct Manifest {
@@ -43,8 +45,7 @@ struct Manifest {
     std::vector<TensorSpec> inputs, outputs;
     std::vector<std::string> weights;
     // Of a decoder:
-    std::string cache_dtype;
-    std::vector<CacheLayer> cache_layers;
+    std::vector<CacheTensor> caches;
     int64_t vocabulary = 0, context = 0;
     std::vector<uint32_t> ends;  // tokens that end a text
 };

@@ -15,12 +15,19 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Tokens a second of each repetition: of a prompt at once, or one by one behind nothing.
-std::vector<double> measure(mx_session* session, const std::vector<uint32_t>& tokens, bool at_once,
-                            int64_t repetitions) {
+std::vector<uint32_t> random_tokens(int64_t count, uint32_t vocabulary) {
+    Random random(0);
+    std::vector<uint32_t> tokens(static_cast<size_t>(count));
+    for (uint32_t& token : tokens) token = static_cast<uint32_t>(random.next() % vocabulary);
+    return tokens;
+}
+
+// Tokens a second of each repetition, behind `depth` others: of a prompt at once, or one by one.
+std::vector<double> measure(mx_session* session, int depth, const std::vector<uint32_t>& tokens,
+                            bool at_once, int64_t repetitions) {
     const float* logits = nullptr;
     const auto once = [&] {
-        mx_truncate(session, 0);
+        mx_truncate(session, static_cast<size_t>(depth));
         if (at_once) return check(mx_feed(session, tokens.data(), tokens.size(), &logits));
         for (const uint32_t& token : tokens) check(mx_feed(session, &token, 1, &logits));
     };
@@ -60,25 +67,32 @@ std::string bench(mx_model* model, const BenchOptions& options) {
     mx_describe(model, &info);
     const SessionHandle session = start_session(model, 0);
     std::string out = "[";
-    for (const int threads : options.threads.empty() ? std::vector<int>{0} : options.threads) {
-        check(mx_set_threads(threads));
-        for (const bool at_once : {true, false}) {
-            const int64_t size = at_once ? options.prompt : options.generated;
-            if (size == 0) continue;
-            Random random(0);
-            std::vector<uint32_t> tokens(static_cast<size_t>(size));
-            for (uint32_t& token : tokens) token = static_cast<uint32_t>(random.next() % info.vocabulary);
-            const auto rates = measure(session.get(), tokens, at_once, options.repetitions);
-            out += out.size() > 1 ? ",\n {" : "\n {";
-            out += "\"model\": " + json::quoted(info.name) +
-                   ", \"bits_per_weight\": " + json::number(info.bits_per_weight) +
-                   ", \"weight_bytes\": " + std::to_string(info.weight_bytes) +
-                   ", \"parameters\": " + std::to_string(info.parameters) +
-                   ", \"target\": " + json::quoted(info.target) +
-                   ", \"threads\": " + std::to_string(threads != 0 ? threads : physical_cores()) +
-                   ", \"test\": \"" + (at_once ? "pp" : "tg") + std::to_string(size) +
-                   "\", \"tokens_per_s\": " + json::number(median(rates)) +
-                   ", \"stddev\": " + json::number(deviation(rates)) + "}";
+    const auto test = [&](int depth, int threads, bool at_once) {
+        const int64_t size = at_once ? options.prompt : options.generated;
+        if (size == 0) return;
+        const auto tokens = random_tokens(size, info.vocabulary);
+        const auto rates = measure(session.get(), depth, tokens, at_once, options.repetitions);
+        const std::string behind = depth != 0 ? " @ d" + std::to_string(depth) : "";
+        out += out.size() > 1 ? ",\n {" : "\n {";
+        out += "\"model\": " + json::quoted(info.name) +
+               ", \"bits_per_weight\": " + json::number(info.bits_per_weight) +
+               ", \"weight_bytes\": " + std::to_string(info.weight_bytes) +
+               ", \"parameters\": " + std::to_string(info.parameters) +
+               ", \"target\": " + json::quoted(info.target) +
+               ", \"threads\": " + std::to_string(threads != 0 ? threads : physical_cores()) +
+               ", \"depth\": " + std::to_string(depth) +
+               ", \"test\": \"" + (at_once ? "pp" : "tg") + std::to_string(size) + behind +
+               "\", \"tokens_per_s\": " + json::number(median(rates)) +
+               ", \"stddev\": " + json::number(deviation(rates)) + "}";
+    };
+    for (const int depth : options.depths) {
+        mx_truncate(session.get(), 0);
+        const auto before = random_tokens(depth, info.vocabulary);
+        const float* logits = nullptr;
+        if (depth != 0) check(mx_feed(session.get(), before.data(), before.size(), &logits));
+        for (const int threads : options.threads.empty() ? std::vector<int>{0} : options.threads) {
+            check(mx_set_threads(threads));
+            for (const bool at_once : {true, false}) test(depth, threads, at_once);
         }
     }
     return out + "\n]";

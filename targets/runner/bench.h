@@ -12,6 +12,7 @@ namespace mx {
 struct BenchOptions {
     int64_t prompt, generated;  // tokens of the two tests; 0 leaves one out
     std::vector<int> threads;   // each test runs with each number; none means one a physical core
+    std::vector<int> depths;    // and behind each number of tokens
     int64_t repetitions;
 };
 

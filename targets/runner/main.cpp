@@ -22,7 +22,7 @@ namespace {
 
 constexpr const char* kHelp = R"(usage: mxrun MODEL.mxc --prompt TEXT [options]
        mxrun MODEL.mxc --input IN.npz --output OUT.npz [-t N]
-       mxrun MODEL.mxc --bench [-p N] [-n N] [-t N,..] [-r N]
+       mxrun MODEL.mxc --bench [-p N] [-n N] [-d N,..] [-t N,..] [-r N]
        mxrun MODEL.mxc|tokenizer.json --encode|--decode
        mxrun --serve --tracker HOST:PORT --key KEY [--port N]
 
@@ -36,7 +36,7 @@ constexpr const char* kHelp = R"(usage: mxrun MODEL.mxc --prompt TEXT [options]
   --json            print one JSON document
   -q, --quiet       print the text only
 --input, --output arrays to run a model on, and where its results go
---bench           tokens a second, as JSON; -p and -n as for mxcompile bench, -r repetitions
+--bench           tokens a second, as JSON; -p, -n and -d as for mxcompile bench, -r repetitions
 --encode          lines of JSON strings to lines of tokens; --decode is the other way
 --serve           let `mxcompile tune` and `bench --rpc` measure here: for a network that is
                   trusted, as whoever reaches it can run anything; --port is the first to try
@@ -59,7 +59,7 @@ struct Options {
     bool ignore_eos = false, json = false, quiet = false, has_seed = false;
     mx_sampling sampling = {0, 1, 0};
     int64_t prompt_tokens = 256, tokens = -1, context = 0, repetitions = 5;
-    std::vector<int> threads;
+    std::vector<int> threads, depths = {0};
     bool serve = false;
     mx::ServeOptions serving;
 };
@@ -90,11 +90,11 @@ uint64_t seed(const std::string& text) {
     return found;
 }
 
-std::vector<int> counts(const std::string& text) {
+std::vector<int> counts(const std::string& text, const std::string& option, int64_t least) {
     std::vector<int> found;
     for (size_t at = 0; at <= text.size();) {
         const size_t comma = std::min(text.find(',', at), text.size());
-        found.push_back(static_cast<int>(whole(text.substr(at, comma - at), "--threads", 1)));
+        found.push_back(static_cast<int>(whole(text.substr(at, comma - at), option, least)));
         at = comma + 1;
     }
     return found;
@@ -124,10 +124,12 @@ Options parse(int argc, char** argv) {
             options.context = whole(value(), word, 1);
         } else if (word == "-p") {
             options.prompt_tokens = whole(value(), word, 0);
+        } else if (word == "-d" || word == "--depth") {
+            options.depths = counts(value(), word, 0);
         } else if (word == "-r" || word == "--repetitions") {
             options.repetitions = whole(value(), word, 1);
         } else if (word == "-t" || word == "--threads") {
-            options.threads = counts(value());
+            options.threads = counts(value(), word, 1);
         } else if (word == "--input") {
             options.input = value();
         } else if (word == "--output") {
@@ -306,7 +308,7 @@ void run(const Options& options) {
     } else if (options.bench) {
         const int64_t generated = options.tokens < 0 ? 64 : options.tokens;
         const mx::BenchOptions how = {options.prompt_tokens, generated, options.threads,
-                                      options.repetitions};
+                                      options.depths, options.repetitions};
         std::printf("%s\n", mx::bench(opened, how).c_str());
     } else if (options.encode || options.decode) {
         translate(options, opened);

@@ -255,7 +255,6 @@ Session::Session(Program& program, int64_t context) : program_(program), context
         fail("a context of " + std::to_string(context_) + " tokens: the model takes 1 to " +
              std::to_string(manifest.context));
     }
-    dtype_ = *find_dtype(manifest.cache_dtype);
 }
 
 void Session::check(const uint32_t* tokens, size_t count) {
@@ -325,14 +324,13 @@ void Session::reserve(int64_t need) {
     int64_t capacity = std::max(2 * capacity_, kFirstCapacity);
     while (capacity < need) capacity *= 2;
     capacity = std::min(capacity, context_);
-    const auto& layers = program_.manifest().cache_layers;
     ffi::Array<ffi::Tensor> grown;
-    for (size_t i = 0; i < 2 * layers.size(); ++i) {
-        const auto [heads, width] = layers[i / 2];
-        ffi::Tensor cache = zeros({1, heads, capacity, width}, dtype_);
+    for (const auto& [dtype, heads, columns] : program_.manifest().caches) {
+        ffi::Tensor cache = zeros({1, heads, capacity, columns}, dtype);
         if (capacity_ != 0) {
-            const auto row = static_cast<size_t>(width * dtype_.bytes());
-            const auto* from = static_cast<const char*>(caches_[static_cast<int64_t>(i)].data_ptr());
+            const auto row = static_cast<size_t>(columns * dtype.bytes());
+            const auto old = static_cast<int64_t>(grown.size());
+            const auto* from = static_cast<const char*>(caches_[old].data_ptr());
             auto* to = static_cast<char*>(cache.data_ptr());
             for (int64_t head = 0; head < heads; ++head) {
                 std::memcpy(to + static_cast<size_t>(head * capacity) * row,

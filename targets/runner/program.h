@@ -99,7 +99,6 @@ private:
 
     Program& program_;
     int64_t context_, length_ = 0, capacity_ = 0;
-    DType dtype_;
     tvm::ffi::Array<tvm::ffi::Tensor> caches_;
     Inputs one_{1};
     std::unique_ptr<Inputs> many_;

@@ -20,17 +20,23 @@ void append(const ffi::String& path, const ffi::Bytes& part) {
     if (!file.flush()) mx::fail(std::string(path) + " cannot be written");
 }
 
-// The rows of a benchmark as JSON; `threads` is like "1,2", or empty for one a physical core.
-ffi::String bench(const ffi::String& model, int64_t prompt, int64_t generated,
-                  const ffi::String& threads, int64_t repetitions) {
-    const mx::ModelHandle opened = mx::open_model(model);
-    std::vector<int> counts;
-    for (const char* at = threads.c_str(); *at != '\0'; at += *at == ',') {
+// The numbers of a text like "1,2".
+std::vector<int> numbers(const ffi::String& text) {
+    std::vector<int> found;
+    for (const char* at = text.c_str(); *at != '\0'; at += *at == ',') {
         char* end = nullptr;
-        counts.push_back(static_cast<int>(std::strtol(at, &end, 10)));
+        found.push_back(static_cast<int>(std::strtol(at, &end, 10)));
         at = end;
     }
-    return mx::bench(opened.get(), {prompt, generated, counts, repetitions});
+    return found;
+}
+
+// The rows of a benchmark as JSON; `threads` may be empty for one a physical core.
+ffi::String bench(const ffi::String& model, int64_t prompt, int64_t generated,
+                  const ffi::String& threads, const ffi::String& depths, int64_t repetitions) {
+    const mx::ModelHandle opened = mx::open_model(model);
+    return mx::bench(opened.get(),
+                     {prompt, generated, numbers(threads), numbers(depths), repetitions});
 }
 
 }  // namespace
