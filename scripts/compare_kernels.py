@@ -3,19 +3,22 @@
 All have int8 activations and groups of 32 weights that share a scale. A measurement is a program of
 products with copies of a weight, more than caches hold, so that every product streams its weight
 from memory; what a product takes is the time of the program over the copies. Systems take turns,
-after a pause for the threads of the last one to fall asleep, and the median counts. The bounds are
-measured between them, with the same threads.
+each in a process of its own, and the median counts. The bounds are measured between them, with the
+same threads.
 
 onnxruntime has 2, 4 and 8 bits, OpenVINO 4 and 8; OpenVINO is left out where it is not installed.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,72 +26,97 @@ import numpy as np
 import onnx
 import onnx.helper as oh
 import onnxruntime
-import tvm
+from plot import Series, plot
+from sides import SERVE, Side, serve, take_turns
 
-from mxcompile import roofline, runtime, target, tune
+from mxcompile import roofline, runtime, target
 from mxcompile.formats import FORMATS, GROUP
-from mxcompile.knobs import Choice, choose
 from mxcompile.records import Case, load, user_folder
-from mxcompile.targets.cpu_matmul import Knobs
 
-OURS, ORT, OPENVINO = "mxcompile", "onnxruntime", "openvino"
+OURS, ORT, OPENVINO, BOUNDS = "mxcompile", "onnxruntime", "openvino", "bounds"
+RUNS: Final = 6
+"""Runs of a program in a turn."""
+
+STREAM_BYTES: Final = 96 << 20
+"""Weights that a program reads, by copies: three times a large cache."""
+
 SHAPES: Final = "4096x4096,11008x4096,262144x640"
-PAUSE: Final = 0.02
-PROGRAM_SECONDS: Final = 0.1
 
 
-@dataclass
+@dataclass(frozen=True)
 class System:
-    """A side: a program of ``copies`` products, and what it took."""
+    """A program of ``copies`` products."""
 
-    name: str
-    case: Case
     copies: int
     weight_bytes: int
     run: Callable[[], object]
-    us: list[float] = field(default_factory=list)
 
-    def take_turn(self) -> None:
-        """Measure once."""
-        time.sleep(PAUSE)
-        start = time.perf_counter()
-        self.run()
-        self.us.append(1e6 * (time.perf_counter() - start) / self.copies)
+    def measure(self) -> dict[str, Any]:
+        """Microseconds of a product: the best run of some, as for the bounds."""
+        seconds = math.inf
+        for _ in range(RUNS):
+            start = time.perf_counter()
+            self.run()
+            seconds = min(seconds, time.perf_counter() - start)
+        return {"us": 1e6 * seconds / self.copies, "weight_bytes": self.weight_bytes}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The machine itself."""
+
+    threads: int
+
+    def measure(self) -> dict[str, Any]:
+        """The roofline."""
+        return asdict(roofline.measure(self.threads))
 
 
 def copies_of(size: int, batch: int) -> int:
     """Enough to stream from memory; a few for many rows, whose time is not in the weights."""
-    return max(1, -(-tune.STREAM_BYTES // size)) if batch == 1 else 2
+    return max(1, -(-STREAM_BYTES // size)) if batch == 1 else 2
 
 
-def ours(case: Case, choice: Choice) -> System:
+def ours(case: Case, log: Path) -> System:
     """The kernels of this repository, as programs have them."""
+    import tvm  # crashes a process that has OpenVINO's threads
+
+    from mxcompile import tune
+    from mxcompile.knobs import choose
+    from mxcompile.targets.cpu_matmul import Knobs
+
+    choice = choose(load(log), case.threads)
+    runtime.set_threads(case.threads)
     size = tune.weight_bytes(case)
     copies = copies_of(size, case.batch)
     kernel_knobs = dict(choice.knobs(case.rows, case.columns)).get(case.format, Knobs())
     where = target.find("x86")
     machine = tune.load(tune.program(case, kernel_knobs, where, copies), where)
     inputs = [tvm.runtime.tensor(array) for array in tune.inputs(case, copies)]
-    return System(OURS, case, copies, size, lambda: machine["main"](*inputs))
+    return System(copies, size, lambda: machine["main"](*inputs))
 
 
-def ort(case: Case) -> System | None:
+def ort(case: Case) -> System:
     """MatMulNBits with int8 activations (accuracy level 4), asymmetric as our formats are."""
     bits = FORMATS[case.format].bits
-    if bits not in (2, 4, 8):
-        return None
     n, k = case.rows, case.columns
     blocks = k // GROUP
-    data = np.random.default_rng(0).integers(0, 256, (n, blocks, GROUP * bits // 8), np.uint8)
-    scales = np.full((n, blocks), 0.01, np.float32)
-    zeros = np.full((n, -(-blocks * bits // 8)), 0x88 if bits > 2 else 0xAA, np.uint8)
-    size = data.nbytes + scales.nbytes + zeros.nbytes
+    rng = np.random.default_rng(0)
+
+    def arrays() -> dict[str, np.ndarray]:
+        # Different ones each time: of equal weights onnxruntime keeps, and streams, only one.
+        return {
+            "w": rng.integers(0, 256, (n, blocks, GROUP * bits // 8), np.uint8),
+            "s": rng.random((n, blocks), np.float32),
+            "z": rng.integers(0, 256, (n, -(-blocks * bits // 8)), np.uint8),
+        }
+
+    size = sum(array.nbytes for array in arrays().values())
     copies = copies_of(size, case.batch)
-    arrays: dict[str, np.ndarray] = {"w": data, "s": scales, "z": zeros}
     nodes, tensors = [], list[onnx.TensorProto]()
     for i in range(copies):
-        names = [f"{name}{i}" for name in arrays]
-        tensors += map(onnx.numpy_helper.from_array, arrays.values(), names)
+        names, values = [f"{name}{i}" for name in "wsz"], arrays().values()
+        tensors += map(onnx.numpy_helper.from_array, values, names)
         node = oh.make_node("MatMulNBits", ["x", *names], [f"y{i}"], domain="com.microsoft")
         facts = {"K": k, "N": n, "bits": bits, "block_size": GROUP, "accuracy_level": 4}
         node.attribute.extend(oh.make_attribute(name, value) for name, value in facts.items())
@@ -103,38 +131,36 @@ def ort(case: Case) -> System | None:
     options.intra_op_num_threads = case.threads
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
     feed = {"x": np.random.default_rng(1).standard_normal((case.batch, k), np.float32)}
-    return System(ORT, case, copies, size, lambda: session.run(None, feed))
+    return System(copies, size, lambda: session.run(None, feed))
 
 
-def openvino(case: Case) -> System | None:
+def openvino(case: Case) -> System:
     """A decompressed constant and a MatMul, which OpenVINO fuses, with int8 activations."""
+    import openvino as ov
+    from openvino import opset13 as op
+
     bits = FORMATS[case.format].bits
-    if bits not in (4, 8):
-        return None
-    try:
-        import openvino as ov
-        from openvino import opset13 as op
-    except ModuleNotFoundError:
-        return None
     n, k = case.rows, case.columns
     kind = {4: ov.Type.u4, 8: ov.Type.u8}[bits]
-    data = np.random.default_rng(0).integers(0, 256, n * k * bits // 8, np.uint8)
-    zeros = np.full(n * (k // GROUP) * bits // 8, 0x88, np.uint8)
-    scales = np.full((n, k // GROUP, 1), 0.01, np.float16)
-    size = data.nbytes + zeros.nbytes + scales.nbytes
+    rng = np.random.default_rng(0)
+    groups = n * k // GROUP
+    size = n * k * bits // 8 + groups * bits // 8 + groups * 2
     copies = copies_of(size, case.batch)
     x = op.parameter([case.batch, k], np.float32)
 
-    def constant(array: np.ndarray, shape: list[int]) -> Any:
+    def constant(shape: list[int]) -> Any:
+        array = rng.integers(0, 256, math.prod(shape) * bits // 8, np.uint8)
         if bits == 8:
             return op.constant(array.reshape(shape))
+        kept.append(array)  # a tensor of another type does not hold its memory
         return op.constant(ov.Tensor(array, ov.Shape(shape), kind))
 
-    results = []
+    kept, results = list[np.ndarray](), []
     for _ in range(copies):
-        weight = op.convert(constant(data.copy(), [n, k // GROUP, GROUP]), "f16")
-        zero = op.convert(constant(zeros.copy(), [n, k // GROUP, 1]), "f16")
-        scaled = op.multiply(op.subtract(weight, zero), op.constant(scales.copy()))
+        weight = op.convert(constant([n, k // GROUP, GROUP]), "f16")
+        zero = op.convert(constant([n, k // GROUP, 1]), "f16")
+        scales = op.constant(rng.random((n, k // GROUP, 1), np.float32).astype(np.float16))
+        scaled = op.multiply(op.subtract(weight, zero), scales)
         flat = op.reshape(scaled, op.constant(np.array([n, k], np.int64)), special_zero=False)
         results.append(op.matmul(x, op.convert(flat, "f32"), False, True))
     settings = {
@@ -144,41 +170,65 @@ def openvino(case: Case) -> System | None:
         "INFERENCE_PRECISION_HINT": "f32",
     }
     request = ov.compile_model(ov.Model(results, [x]), "CPU", settings).create_infer_request()
+    kept.clear()  # compiling has repacked them
     feed = np.random.default_rng(1).standard_normal((case.batch, k), np.float32)
-    return System(OPENVINO, case, copies, size, lambda: request.infer([feed]))
+    return System(copies, size, lambda: request.infer([feed]))
 
 
-def compare(case: Case, rounds: int, choice: Choice) -> Iterator[dict[str, Any]]:
-    """A row a system, ours with its speed over the others'."""
-    runtime.set_threads(case.threads)
-    systems = [s for s in (ours(case, choice), ort(case), openvino(case)) if s is not None]
-    for system in systems:
-        system.run()
-    bounds = []
-    for turn in range(rounds):
-        bounds.append(roofline.measure(case.threads))
-        for system in systems if turn % 2 else systems[::-1]:
-            system.take_turn()
-    bandwidth = max(bound.read_bandwidth for bound in bounds)
-    peak = max(bound.peak or math.nan for bound in bounds)
-    best = systems[0]
-    for system in systems:
-        us = statistics.median(system.us)
-        operations = 2 * case.batch * case.rows * case.columns
-        ratios = [b / a for a, b in zip(best.us, system.us, strict=True)]
+def measure_as(system: str, case: Case, log: Path) -> Callable[[], dict[str, Any]]:
+    """What a side's process does in its turn."""
+    if system == BOUNDS:
+        return Bounds(case.threads).measure
+    if system == OURS:
+        return ours(case, log).measure
+    return {ORT: ort, OPENVINO: openvino}[system](case).measure
+
+
+def systems(bits: int) -> Iterator[str]:
+    """Those that have products with so many bits a weight here."""
+    yield OURS
+    if bits in (2, 4, 8):
+        yield ORT
+    if bits in (4, 8) and importlib.util.find_spec("openvino"):
+        yield OPENVINO
+
+
+def compare(case: Case, rounds: int, log: Path) -> Iterator[dict[str, Any]]:
+    """A row a system, with its time over ours."""
+    bits = FORMATS[case.format].bits
+    with ExitStack() as stack:
+        bounds, *sides = (
+            stack.enter_context(
+                Side(system, sys.executable, __file__, [system, json.dumps(asdict(case)), str(log)])
+            )
+            for system in (BOUNDS, *systems(bits))
+        )
+        take_turns([bounds, *sides], rounds)
+    operations = 2 * case.batch * case.rows * case.columns
+    ours_us = [found["us"] for found in sides[0].found]
+    for side in sides:
+        size = side.found[0]["weight_bytes"]
+        # Ratios are of what ran in the same round: the machine is not the same in all.
+        turns = list(zip((found["us"] for found in side.found), bounds.found, strict=True))
+        us = statistics.median(us for us, _ in turns)
         yield {
-            "system": system.name,
-            "bits": FORMATS[case.format].bits,
+            "system": side.system,
+            "bits": bits,
             "shape": f"{case.rows}x{case.columns}",
             "rows": case.batch,
             "threads": case.threads,
             "us": us,
-            "best_us": min(system.us),
-            "gb_per_s": system.weight_bytes / us / 1e3,
-            "fraction_of_read_bandwidth": system.weight_bytes / us * 1e6 / bandwidth,
-            "fraction_of_peak": operations / us * 1e6 / peak,
-            "read_bandwidth": bandwidth,
-            "time_over_ours": statistics.median(ratios),
+            "gb_per_s": size / us / 1e3,
+            "fraction_of_read_bandwidth": statistics.median(
+                size / us * 1e6 / bound["read_bandwidth"] for us, bound in turns
+            ),
+            "fraction_of_peak": statistics.median(
+                operations / us * 1e6 / (bound["peak"] or math.nan) for us, bound in turns
+            ),
+            "read_bandwidth": statistics.median(found["read_bandwidth"] for found in bounds.found),
+            "time_over_ours": statistics.median(
+                us / ours for (us, _), ours in zip(turns, ours_us, strict=True)
+            ),
         }
 
 
@@ -194,69 +244,37 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
-COLOURS: Final = {OURS: "#c0392b", ORT: "#2c6fbb", OPENVINO: "#2e8b57"}
+def curves(rows: Sequence[dict[str, Any]]) -> str:
+    """Speed against bits for one activation row, and what the read bandwidth lets through.
 
-
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Speed against bits for one row, as SVG: products a second, and what the bound lets through.
-
-    A line a system, the geometric mean over shapes; the dashed line is the read bandwidth over the
-    bytes of a weight at our 0.75 bits of scales and zero-points.
+    A line a system and number of threads, the geometric mean over shapes; the bound counts our 0.75
+    bits of scales and zero-points.
     """
-    width, height, left, bottom = 640, 400, 70, 50
-    single = [row for row in rows if row["rows"] == 1]
-    threads = max((row["threads"] for row in single), default=1)
-    single = [row for row in single if row["threads"] == threads]
-
-    def rate(row: dict[str, Any]) -> float:
-        n, k = map(int, row["shape"].split("x"))
-        return float(n * k / row["us"] / 1e3)  # billions of weights a second
-
-    bits = sorted({row["bits"] for row in single})
-    bound = statistics.median(row["read_bandwidth"] for row in single)
-    lines = {"read bandwidth": [(b, bound / 1e9 * 8 / (b + 0.75)) for b in bits]}
-    for name in COLOURS:
-        points = []
-        for b in bits:
-            rates = [rate(r) for r in single if r["system"] == name and r["bits"] == b]
-            if rates:
-                points.append((b, statistics.geometric_mean(rates)))
-        lines[name] = points
-    top = max((y for points in lines.values() for _, y in points), default=1) * 1.05
-
-    def place(b: float, y: float) -> tuple[float, float]:
-        across = left + (b - 1.5) / 7 * (width - left - 20)
-        return across, height - bottom - y / top * (height - bottom - 20)
-
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<text x="{width / 2}" y="{height - 10}" text-anchor="middle">bits of a code</text>',
-        f'<text transform="translate(15 {height / 2}) rotate(-90)" text-anchor="middle">'
-        f"billions of weights a second, one row, {threads} threads</text>",
+    points: dict[tuple[str, int], dict[int, list[float]]] = {}
+    for row in rows:
+        if row["rows"] == 1:
+            n, k = map(int, row["shape"].split("x"))
+            key = row["system"], row["threads"]
+            points.setdefault(key, {}).setdefault(row["bits"], []).append(n * k / row["us"] / 1e3)
+            bound = row["read_bandwidth"] / 1e9 * 8 / (row["bits"] + 0.75)
+            key = "read bandwidth", row["threads"]
+            points.setdefault(key, {}).setdefault(row["bits"], []).append(bound)
+    series = [
+        Series(
+            system,
+            f"{threads} threads",
+            [(bits, statistics.geometric_mean(found), "") for bits, found in by_bits.items()],
+        )
+        for (system, threads), by_bits in points.items()
     ]
-    for b in bits:
-        x, y = place(b, 0)
-        out.append(f'<text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle">{b}</text>')
-    for step in range(6):
-        x, y = place(1.5, top * step / 5)
-        out.append(f'<path d="M{x:.0f} {y:.0f}H{width - 20}" stroke="#ddd"/>')
-        out.append(f'<text x="{x - 6:.0f}" y="{y + 4:.0f}" text-anchor="end">{top * step / 5:.0f}')
-        out.append("</text>")
-    for index, (name, points) in enumerate(lines.items()):
-        colour = COLOURS.get(name, "#555")
-        dash = "" if name in COLOURS else ' stroke-dasharray="6 4"'
-        path_text = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
-        out.append(f'<polyline points="{path_text}" fill="none" stroke="{colour}"{dash}/>')
-        if points:
-            out.append(
-                f'<text x="{width - 150}" y="{40 + 16 * index}" fill="{colour}">{name}</text>'
-            )
-    path.write_text("\n".join([*out, "</svg>"]))
+    return plot(series, "Products with one row", "bits of a code", "billions of weights a second")
 
 
 def main() -> None:
     """Compare at every shape, width, number of rows and threads."""
+    if sys.argv[1:2] == [SERVE]:
+        system, case, log = sys.argv[2:]
+        return serve(measure_as(system, Case(**json.loads(case)), Path(log)))
     summary, _, details = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -271,18 +289,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON rows")
     args = parser.parse_args()
     by_bits = {str(fmt.bits): name for name, fmt in FORMATS.items() if name == f"int{fmt.bits}"}
-    records = load(args.log)
     rows: list[dict[str, Any]] = []
     for threads in map(int, args.threads.split(",")):
-        choice = choose(records, threads)
         for shape in args.shapes.split(","):
             n, k = map(int, shape.split("x"))
             for batch in map(int, args.rows.split(",")):
                 for bits in args.bits.split(","):
                     case = Case(by_bits[bits], n, k, batch, threads)
-                    rows += compare(case, args.rounds, choice)
+                    rows += compare(case, args.rounds, args.log)
     if args.plot:
-        plot(rows, args.plot)
+        args.plot.write_text(curves(rows))
     return print(json.dumps(rows, indent=1)) if args.json else show(rows)
 
 
