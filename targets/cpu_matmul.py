@@ -16,6 +16,9 @@ float32, their sum as int32. One stream a row is what lets 8 rows share the regi
 activation of ``D`` digits has ``D`` runs of records a row, from the highest digit, whose scales
 hold the digits' weights: the kernel takes them as rows that add up.
 
+Where AVX-512 VNNI multiplies several rows, the weights' codes are the signed operand: codes of ``Q``
+are plus 128, as uint8, and its sums are the low half of a word whose high half is 128.
+
 The inner loops keep a row of the tile in every lane: a vector of 16 words holds 4 codes of 16 rows,
 and a dot product of bytes multiplies them by 4 activations that are broadcast. Codes of less than
 4 bits are unpacked already shifted to 4, so that zero-points are whole numbers and a group's
@@ -63,6 +66,9 @@ _ROW_BLOCK: Final = {
     "neon": 2,
     "generic": 4,
 }
+
+LINES: Final = 4
+"""Cache lines of each tile's next block that a block of activation rows asks for."""
 
 _TINY: Final = 2.0**-120
 """Groups whose magnitudes are all below are taken for 0: their scale has no finite inverse."""
@@ -132,11 +138,14 @@ class MatmulKernel:
         def emit() -> None:
             m, k, q = map(symbol, "mkq")
             x, codes = param("X", (m, k)), param("Q", (m, q), "int8")
+            flip = T.int8(0)
+            if self.instructions == "avx512vnni":
+                flip = hold(T.Select(m > 1, T.int8(-128), T.int8(0)))
 
             def quantize(row: Expr) -> None:
                 with T.serial(0, k // GROUP) as g:
                     halves = [load(x, row, g * GROUP + i, lanes=ROW_TILE) for i in (0, ROW_TILE)]
-                    _quantize_group(halves, fmt, codes, row, g * RECORD)
+                    _quantize_group(halves, fmt, flip, codes, row, g * RECORD)
                 with _when(k % GROUP != 0):
                     tail = registers(2, ROW_TILE)
                     start = hold(k // GROUP * GROUP)
@@ -144,7 +153,7 @@ class MatmulKernel:
                         with T.serial(0, T.min(k - start - i * ROW_TILE, ROW_TILE)) as j:
                             store(tail[i], load(x, row, start + i * ROW_TILE + j, lanes=1), j)
                     halves = [load(half, 0, lanes=ROW_TILE) for half in tail]
-                    _quantize_group(halves, fmt, codes, row, k // GROUP * RECORD)
+                    _quantize_group(halves, fmt, flip, codes, row, k // GROUP * RECORD)
 
             spread(m, m * (k // GROUP) < self.serial_groups, quantize)
 
@@ -292,14 +301,21 @@ class MatmulKernel:
                 for side in (0, 1):
                     t = hold(T.min(pair * 2 + side, weight.tiles - 1))
                     for tile in weight.formats(self.instructions, t, count):
-                        block.unpack(tile, index, side, self.knobs_of(tile.fmt).prefetch)
-                done: Expr = T.int64(0)
-                for rows in sizes:
-                    with T.serial(0, (length - done) // rows) as i:
-                        block.multiply(
-                            codes, first, hold(done + i * rows), index, count, rows, digits, sums
-                        )
-                    done = hold(done + (length - done) // rows * rows)
+                        # Many rows leave time to ask for the next block while they are multiplied.
+                        ahead = self.knobs_of(tile.fmt).prefetch
+                        ahead = hold(T.Select(length > 2 * sizes[0], T.int64(0), T.int64(ahead)))
+                        block.unpack(tile, index, side, ahead)
+                for offsets in {_has_offset(fmt) for fmt in weight.known}:
+                    with _when(block.have_offsets(offsets)):
+                        done: Expr = T.int64(0)
+                        for rows in sizes:
+                            with T.serial(0, (length - done) // rows) as i:
+                                block.prefetch(weight.data, i)
+                                row = hold(done + i * rows)
+                                block.multiply(
+                                    codes, first, row, index, count, rows, digits, sums, offsets
+                                )
+                            done = hold(done + (length - done) // rows * rows)
             with T.grid(length, T.min(n - pair * 2 * ROW_TILE, 2 * ROW_TILE)) as (r, column):
                 value = load(sums, r, column // ROW_TILE, column % ROW_TILE, lanes=1)
                 store(y, value, first + r, pair * 2 * ROW_TILE + column)
@@ -309,7 +325,7 @@ class MatmulKernel:
     ) -> None:
         sums = [_Register("float32x16", 0) for _ in range(rows)]
         ahead = self.knobs_of(tile.fmt).prefetch if rows == 1 else 0
-        with tile.groups(ahead) as group:
+        with tile.groups(T.int64(ahead) if ahead else None) as group:
 
             def at_record(r: int) -> tuple[Expr, Expr]:
                 """Where the record of the ``r``-th pair of a row and a digit starts."""
@@ -343,34 +359,70 @@ class MatmulKernel:
 class _Unpacked:
     """A block of groups of two tiles, as bytes: what a run of activation rows is multiplied with.
 
+    Codes are signed: less their zero-point, so that nothing is left to do for each row. Where that
+    takes more than 8 bits they are less 128, and the rest times the sum of a row's activations
+    comes on top. Activations are stored plus 128, which is undone by -128 times the sum of codes.
+
     Attributes:
-        codes: uint8 [groups, quads, tiles, 64].
-        zeros: Negated zero-points in the low halves of words, int32 [groups, tiles, 16].
+        codes: int8 [groups, quads, tiles, 64].
+        starts: -128 times the sum of codes: int32 [groups, tiles, 16].
+        offsets: In the low halves of words 128 less the zero-point, or 0, in the high halves the
+            negated sum of codes: int32 [groups, tiles, 16].
         scales: Scales times row scales, which is exact: float32 [groups, tiles, 16].
+        flags: Whether each tile has offsets: int32 [tiles].
+        nexts: Where each tile's next block lies: int64 [tiles].
     """
 
     codes: Any
-    zeros: Any
+    starts: Any
+    offsets: Any
     scales: Any
+    flags: Any
+    nexts: Any
 
     @classmethod
     def scratch(cls) -> "_Unpacked":
         """Room for a block."""
         return cls(
-            scratch(BLOCK, QUADS, 2, VECTOR, dtype="uint8"),
+            scratch(BLOCK, QUADS, 2, VECTOR, dtype="int8"),
+            scratch(BLOCK, 2, ROW_TILE, dtype="int32"),
             scratch(BLOCK, 2, ROW_TILE, dtype="int32"),
             scratch(BLOCK, 2, ROW_TILE),
+            scratch(2, dtype="int32"),
+            scratch(2, dtype="int64"),
         )
 
-    def unpack(self, tile: "_Tile", index: Expr, side: int, ahead: int) -> None:
+    def have_offsets(self, wanted: bool) -> Expr:
+        """Whether any of the tiles has offsets, or else whether none has."""
+        count = load(self.flags, 0, lanes=1) + load(self.flags, 1, lanes=1)
+        return count > 0 if wanted else count == 0
+
+    def unpack(self, tile: "_Tile", index: Expr, side: int, ahead: Expr) -> None:
         """Fill in a tile's block."""
+        offset = _has_offset(tile.fmt)
+        store(self.flags, T.int32(offset), side)
+        store(self.nexts, tile.start(index + 1), side)
         row_scales = hold(tile.row_scales())
         with tile.block(index, ahead) as (i, group):
+            zeros = hold(group.zeros())
+            by_byte = T.reinterpret("uint8x64", zeros * T.int32(0x01010101))
+            total = _Register("int32x16", 0)
             for quad in range(QUADS):
-                store(self.codes, T.reinterpret("uint8x64", group.quad(quad)), i, quad, side, 0)
-            negative = (T.int32(0) - group.zeros()) & T.int32(0xFFFF)
-            store(self.zeros, negative, i, side, 0)
+                codes = T.reinterpret("uint8x64", group.quad(quad, flip=0x80 if offset else 0))
+                signed = hold(T.reinterpret("int8x64", codes if offset else codes - by_byte))
+                store(self.codes, signed, i, quad, side, 0)
+                ones = T.broadcast(T.uint8(1), VECTOR)
+                total.set(_vnni("vpdpbusd", "int32x16", total.get(), ones, signed))
+            negative = hold(T.int32(0) - total.get())
+            store(self.starts, negative << 7, i, side, 0)
+            rest = (T.int32(128) - zeros) & T.int32(0xFFFF) if offset else T.int32(0)
+            store(self.offsets, negative << 16 | rest, i, side, 0)
             store(self.scales, group.scales() * row_scales, i, side, 0)
+
+    def prefetch(self, data: Any, turn: Expr) -> None:
+        """Ask for a part of the next blocks: some turns get all of them."""
+        for side in (0, 1):
+            _prefetch(data, load(self.nexts, side, lanes=1) + turn * (LINES * VECTOR), LINES)
 
     def multiply(
         self,
@@ -382,6 +434,7 @@ class _Unpacked:
         rows: int,
         digits: int,
         sums: Any,
+        offsets: bool,
     ) -> None:
         """Add the products with ``rows`` activation rows to ``sums``, from row ``row`` of it on."""
         rest = hold(count % BLOCK)
@@ -399,26 +452,25 @@ class _Unpacked:
                 value = load(codes, first + row + r // digits, at_word, lanes=4)
                 return T.reinterpret(dtype, hold(T.broadcast(T.reinterpret("int32", value), 16)))
 
-            def vnni(name: str, dtype: str, *operands: Expr) -> Expr:
-                return T.call_llvm_pure_intrin(dtype, f"llvm.x86.avx512.{name}.512", *operands)
+            def of_sides(part: Any) -> list[Expr]:
+                return [hold(load(part, i, side, 0, lanes=ROW_TILE)) for side in (0, 1)]
 
-            zeros, scales = (
-                [hold(load(part, i, side, 0, lanes=ROW_TILE)) for side in (0, 1)]
-                for part in (self.zeros, self.scales)
-            )
+            starts, scales = of_sides(self.offsets if offsets else self.starts), of_sides(self.scales)
             dots = [[_Register("int32x16") for _ in (0, 1)] for _ in range(rows * digits)]
             for r, dot in enumerate(dots):
-                # A sum fits the low half of its word; the high half, its sign, meets a 0.
-                x_sum = word(r, GROUP + 4, "int16x32")
                 for side in (0, 1):
-                    negative = T.reinterpret("int16x32", zeros[side])
-                    dot[side].set(vnni("pmaddw.d", "int32x16", negative, x_sum))
+                    value = starts[side]
+                    if offsets:
+                        parts = T.reinterpret("int16x32", value), word(r, GROUP + 4, "int16x32")
+                        value = _vnni("pmaddw.d", "int32x16", *parts)
+                    dot[side].set(value)
             for quad in range(QUADS):
                 both = [hold(load(self.codes, i, quad, side, 0, lanes=VECTOR)) for side in (0, 1)]
                 for r, dot in enumerate(dots):
-                    x = word(r, 4 * quad, "int8x64")
+                    x = word(r, 4 * quad, "uint8x64")
                     for side in (0, 1):
-                        dot[side].set(vnni("vpdpbusd", "int32x16", dot[side].get(), both[side], x))
+                        args = dot[side].get(), x, both[side]
+                        dot[side].set(_vnni("vpdpbusd", "int32x16", *args))
             for r, dot in enumerate(dots):
                 scale = word(r, GROUP, "float32x16")
                 for side, y_sum in enumerate(totals[r // digits]):
@@ -427,6 +479,15 @@ class _Unpacked:
         for r, total in enumerate(totals):
             for side in (0, 1):
                 store(sums, total[side].get(), row + r, side, 0)
+
+
+def _has_offset(fmt: Format) -> bool:
+    """Whether codes less their zero-points take more than 8 bits."""
+    return fmt.value_bits == 8
+
+
+def _vnni(name: str, dtype: str, *operands: Expr) -> Expr:
+    return T.call_llvm_pure_intrin(dtype, f"llvm.x86.avx512.{name}.512", *operands)
 
 
 def _sizes(largest: int) -> list[int]:
@@ -494,8 +555,9 @@ def _store_block(tile: "_Tile", y: Any, t: Expr, row: Expr, sums: list["_Registe
 
 
 def _quantize_group(
-    halves: list[Expr], fmt: ActivationFormat, codes: Any, row: Expr, start: Expr
+    halves: list[Expr], fmt: ActivationFormat, flip: Expr, codes: Any, row: Expr, start: Expr
 ) -> None:
+    """Quantize and store a group, the bits ``flip`` of its codes inverted."""
     halves = [hold(half) for half in halves]
     # The bits of magnitudes order like integers, NaN on top: it ends in the scale, is not hidden.
     bits = [T.reinterpret("int32x16", half) & 0x7FFFFFFF for half in halves]
@@ -515,8 +577,10 @@ def _quantize_group(
         values = [hold(rest + half >> shift) for rest in quantized]
         quantized = [hold(r - (v << shift)) for r, v in zip(quantized, values, strict=True)]
         for i, value in enumerate(values):
-            store(codes, T.cast(value, "int8x16"), row, start + i * ROW_TILE)
-        total = _reduce("add", values[0] + values[1])
+            code = T.cast(value, "int8x16") ^ T.broadcast(flip, ROW_TILE)
+            store(codes, code, row, start + i * ROW_TILE)
+        total = hold(_reduce("add", values[0] + values[1]))
+        total = T.Select(flip == 0, total, total & 0xFFFF | 128 << 16)
         for i, word in enumerate((scale * T.float32(1 << shift), total)):
             store(codes, T.reinterpret("int8x4", word), row, start + GROUP + 4 * i)
         start = start + codes.shape[1] // fmt.digits
@@ -554,8 +618,7 @@ def _dots_vnni(group: "_Group", rows: int, word: _Word, offset: _Offset) -> list
         for r, sums in enumerate(dots):
             dot = sums[(quad + 1) % chains]
             x = T.reinterpret("int8x64", T.broadcast(word(r, 4 * quad), ROW_TILE))
-            name = "llvm.x86.avx512.vpdpbusd.512"
-            dot.set(T.call_llvm_pure_intrin("int32x16", name, dot.get(), codes, x))
+            dot.set(_vnni("vpdpbusd", "int32x16", dot.get(), codes, x))
     return [functools.reduce(operator.add, (dot.get() for dot in sums)) for sums in dots]
 
 
@@ -849,39 +912,42 @@ class _Tile:
     codebook: "_Codebook"
 
     @contextmanager
-    def groups(self, ahead: int = 0) -> Iterator["_Group"]:
+    def groups(self, ahead: Expr | None = None) -> Iterator["_Group"]:
         """Loop over the groups: first a block of the remainder, then blocks of 8.
 
-        Asks for what lies ``ahead`` bytes farther on, if not 0, as each group is reached.
+        Asks for what lies ``ahead`` bytes farther on as each group is reached.
         """
         with T.serial(0, self.count // BLOCK + 1) as index, self.block(index, ahead) as (_, group):
             yield group
 
     @contextmanager
-    def block(self, index: Expr, ahead: int = 0) -> Iterator[tuple[Expr, "_Group"]]:
+    def block(self, index: Expr, ahead: Expr | None = None) -> Iterator[tuple[Expr, "_Group"]]:
         """Loop over the groups of one block, with their places in it."""
         size, header = self.fmt.bits * VECTOR, BLOCK * SIDE
         rest = hold(self.count % BLOCK)
-        first = hold((rest * SIDE + 2 * ROW_TILE + VECTOR - 1) // VECTOR * VECTOR)
         at_rest = index == 0
+        start = hold(T.Select(at_rest, self.base, self.start(index)))
         done = hold(T.Select(at_rest, T.int64(0), (index - 1) * BLOCK + rest))
-        skip = T.Select(at_rest, T.int64(0), first + (index - 1) * header)
-        start = hold(self.base + done * size + skip)
         length = hold(T.Select(at_rest, rest, T.int64(BLOCK)))
-        codes = hold(start + T.Select(at_rest, first, T.int64(header)))
-        if ahead:
-            self._prefetch(start + ahead, header // VECTOR)
+        codes = hold(start + T.Select(at_rest, self._first_header(), T.int64(header)))
+        if ahead is not None:
+            _prefetch(self.data, start + ahead, header // VECTOR)
         with T.serial(0, length) as i:
-            if ahead:
-                self._prefetch(codes + i * size + ahead, self.fmt.bits)
+            if ahead is not None:
+                _prefetch(self.data, codes + i * size + ahead, self.fmt.bits)
             zeros = start + length * ROW_TILE + i * (ROW_TILE // 2)
             yield i, _Group(self, done + i, start + i * ROW_TILE, zeros, codes + i * size)
 
-    def _prefetch(self, start: Expr, vectors: int) -> None:
-        for vector in range(vectors):
-            address = T.address_of(self.data[start + vector * VECTOR])
-            read, keep, data = T.int32(0), T.int32(3), T.int32(1)
-            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, keep, data))
+    def start(self, index: Expr) -> Expr:
+        """Where a block lies, of those after the first."""
+        done = (index - 1) * BLOCK + self.count % BLOCK
+        headers = self._first_header() + (index - 1) * (BLOCK * SIDE)
+        return self.base + done * (self.fmt.bits * VECTOR) + headers
+
+    def _first_header(self) -> Expr:
+        """The bytes before the first block's codes."""
+        size = self.count % BLOCK * SIDE + 2 * ROW_TILE
+        return (size + VECTOR - 1) // VECTOR * VECTOR
 
     def row_scales(self) -> Expr:
         """The row scales as float32, in units that undo those of the codes.
@@ -904,6 +970,13 @@ class _Tile:
         if self.row is None:
             return T.reinterpret(f"{dtype}x16", load(self.data, start, lanes=ROW_TILE * size))
         return T.reinterpret(dtype, load(self.data, start + self.row * size, lanes=size))
+
+
+def _prefetch(data: Any, start: Expr, vectors: int) -> None:
+    for vector in range(vectors):
+        address = T.address_of(data[start + vector * VECTOR])
+        read, keep, cache = T.int32(0), T.int32(3), T.int32(1)
+        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, keep, cache))
 
 
 @dataclass(frozen=True, slots=True)
