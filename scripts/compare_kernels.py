@@ -273,8 +273,8 @@ def curves(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Compare at every shape, width, number of rows and threads."""
     if sys.argv[1:2] == [SERVE]:
-        system, case, log = sys.argv[2:]
-        return serve(measure_as(system, Case(**json.loads(case)), Path(log)))
+        system, arguments, log = sys.argv[2:]
+        return serve(measure_as(system, Case(**json.loads(arguments)), Path(log)))
     summary, _, details = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter

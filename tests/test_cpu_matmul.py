@@ -39,10 +39,13 @@ INT8, INT16 = ACTIVATION_FORMATS.values()
 
 @dataclass(frozen=True)
 class Library:
-    """The compiled kernels: ``call`` takes a name and arrays, and gives the last one back."""
+    """The compiled kernels: ``call`` takes a name and arrays, and gives the last one back.
 
-    instructions: Instructions
+    ``plus_128`` says that activation codes of several rows are stored so.
+    """
+
     call: Callable[..., Any]
+    plus_128: bool = False
 
     def __call__(self, name: str, *inputs: Any, shape: tuple[int, ...], dtype: str = "f4") -> Any:
         # What a kernel must write is NaN or 85 before.
@@ -59,7 +62,7 @@ def build(instructions: Instructions) -> Library:
         made[f"matmul_{fmt}"] = kernel.matmul_quantized(fmt)
     functions = {name: made[name].with_attr("global_symbol", name) for name in made}
     if instructions in arm.CPUS:
-        return Library(instructions, arm.machine(instructions).kernels(functions))
+        return Library(arm.machine(instructions).kernels(functions))
     options = {"kind": "llvm"} | ({"mcpu": cpu} if (cpu := CPUS[instructions]) else {})
     module = tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target(options))
 
@@ -68,7 +71,7 @@ def build(instructions: Instructions) -> Library:
         module[name](*tensors)
         return tensors[-1].numpy()
 
-    return Library(instructions, call)
+    return Library(call, plus_128=instructions == "avx512vnni")
 
 
 def test_knobs_change_no_result() -> None:
@@ -156,11 +159,11 @@ def parts(
     """The codes [m * digits, groups, 32], scales and sums of a quantized activation."""
     records = q.reshape(len(q) * digits, -1, RECORD)
     scales, sums = (np.ascontiguousarray(records[..., i : i + 4]) for i in (GROUP, GROUP + 4))
-    sums = sums.view("<i4")[..., 0]
-    if library.instructions == "avx512vnni" and len(q) > 1:
-        assert (sums >> 16 == 128).all()
-        return records[..., :GROUP] ^ np.int8(-128), scales.view("<f4")[..., 0], sums << 16 >> 16
-    return records[..., :GROUP], scales.view("<f4")[..., 0], sums
+    codes, total = records[..., :GROUP], sums.view("<i4")[..., 0]
+    if library.plus_128 and len(q) > 1:
+        assert (total >> 16 == 128).all()
+        codes, total = codes ^ np.int8(-128), (total << 16) >> 16
+    return codes, scales.view("<f4")[..., 0], total
 
 
 def check_quantized(library: Library, weight: Weight, x: F32, fmt: ActivationFormat) -> None:

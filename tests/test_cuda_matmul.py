@@ -89,7 +89,7 @@ def test_quantize(library: Library, columns: int, m: int, fmt: ActivationFormat)
     step = np.abs(by_group).max(2)
     step = np.where(step < 1e-30, np.float32(0), step / np.float32(fmt.top))
     code = np.rint(by_group / np.where(step > 0, step, 1)[..., None]).astype(np.int32)
-    codes, scales, sums = parts(quantized(library, x, fmt), fmt.digits)
+    codes, scales, sums = parts(library, quantized(library, x, fmt), fmt.digits)
     np.testing.assert_array_equal(sums, codes.sum(2, dtype=np.int32))
     weights = 256 ** np.arange(fmt.digits)[::-1]
     digits = codes.reshape(m, fmt.digits, -1, GROUP)
@@ -101,6 +101,6 @@ def test_quantize(library: Library, columns: int, m: int, fmt: ActivationFormat)
 def test_quantize_hides_no_nan(library: Library) -> None:
     x = np.zeros((2, GROUP), np.float32)
     x[0, 3], x[1, 5] = np.nan, -np.inf
-    _, scales, _ = parts(quantized(library, x))
+    _, scales, _ = parts(library, quantized(library, x))
     assert np.isnan(scales[0, 0])
     assert np.isinf(scales[1, 0])
