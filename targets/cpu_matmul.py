@@ -260,13 +260,7 @@ class MatmulKernel:
         with T.If(weight.tiles * count < self.serial_groups):
             with T.Then(), T.serial(0, weight.tiles) as t:
                 gemv(t)
-            with (
-                T.Else(),
-                T.parallel(0, self.jobs) as job,
-                T.serial(
-                    weight.first_tile(job, self.jobs), weight.first_tile(job + 1, self.jobs)
-                ) as t,
-            ):
+            with T.Else(), T.parallel(0, self.jobs) as job, weight.share(job, self.jobs) as t:
                 gemv(t)
 
     @contextmanager
@@ -869,23 +863,29 @@ class _Weight:
         """The number of tiles."""
         return self.table.shape[0]
 
-    def first_tile(self, job: Expr, jobs: int) -> Expr:
-        """The first tile of a job's share of the bytes; the search starts from equal tiles."""
-        t = scratch(1, dtype="int64")
-        store(t, job * self.tiles // jobs, 0)
+    @contextmanager
+    def share(self, job: Expr, jobs: int) -> Iterator[Expr]:
+        """Loop over the tiles of a job's share of the bytes."""
+        first, end = (scratch(1, dtype="int64") for _ in range(2))
+        store(first, T.int64(0), 0)
+        store(end, self.tiles, 0)
+        low, high = (load(bound, 0, lanes=1) for bound in (first, end))
 
-        def before(tile: Expr) -> Expr:
-            """Whether a tile belongs to an earlier job."""
-            tile = T.max(T.min(tile, self.tiles - 1), T.int64(0))
+        def before(tile: Expr, later: Expr) -> Expr:
+            """Whether a tile belongs to a job before another."""
             start = T.cast(load(self.table, tile, 1, lanes=1), "int64")
-            return start * (jobs * VECTOR) < job * self.data.shape[0]
+            return start * (jobs * VECTOR) < later * self.data.shape[0]
 
-        now = load(t, 0, lanes=1)
-        with T.While(T.And(now > 0, T.Not(before(now - 1)))):
-            store(t, now - 1, 0)
-        with T.While(T.And(now < self.tiles, before(now))):
-            store(t, now + 1, 0)
-        return hold(now)
+        with T.While(low < high):  # without branches inside, which could not be predicted
+            middle = hold((low + high) // 2)
+            below = hold(T.cast(before(middle, job), "int32")) > 0
+            new_low, new_high = T.Select(below, middle + 1, low), T.Select(below, high, middle)
+            new_low = hold(new_low)
+            store(end, new_high, 0)
+            store(first, new_low, 0)
+        with T.While(T.And(low < self.tiles, before(T.min(low, self.tiles - 1), job + 1))):
+            yield hold(low)
+            store(first, low + 1, 0)
 
     def formats(
         self, instructions: Instructions, t: Expr, count: Expr, row: Expr | None = None

@@ -15,7 +15,7 @@ import pytest
 import tvm
 from numpy.typing import NDArray
 
-from mxcompile import target
+from mxcompile import runtime, target
 from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, GROUP, ActivationFormat, groups
 from mxcompile.plan import ROW_TILE, TileFormats
 from mxcompile.quantize import rows_by_format
@@ -224,8 +224,12 @@ def test_prefill_in_chunks(library: Library, check: Callable[..., None]) -> None
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("formats", ["int2*400,int8*300", "int8*300,int2*400", "int4*700"])
-def test_threads_share_bytes(library: Library, check: Callable[..., None], formats: str) -> None:
+def test_threads_share_bytes(
+    library: Library, check: Callable[..., None], formats: str, threads: int
+) -> None:
+    runtime.set_threads(min(threads, runtime.cores()))
     weight = Weight.random(700 * ROW_TILE, 64, TileFormats.parse(formats))
     check(library, weight, activations(1, 64))
 
