@@ -171,14 +171,21 @@ def lower(model: ir.Model, ctx: Context, choice: Choice | None = None) -> Lowere
     cached = [s.name.startswith(CACHES) for s in specs]
     cache_types = [_type(scope, s) for s, c in zip(specs, cached, strict=True) if c]
     caches = relax.Var("caches", relax.TupleType(cache_types))
-    weight_types = [relax.TensorType(w.shape, str(w.dtype)) for w in builder.weights.values()]
-    weights = relax.Var("weights", relax.TupleType(weight_types))
+    # As a tuple, each of its hundreds of tensors would be checked in every call; kernels check too.
+    weights = relax.Var("weights", relax.AnyType())
     plain = [v for v, c in zip(inputs, cached, strict=True) if not c]
     outputs = [v for v in model.graph.outputs if not graph.name(v).startswith(CACHES)]
     with scope.bb.function("main", [*plain, *([caches] if cache_types else []), weights]):
         with scope.bb.dataflow():
-            for index, name in enumerate(builder.weights):
-                builder.weight_vars[name] = scope.emit(relax.TupleGetItem(weights, index))
+            for index, (name, array) in enumerate(builder.weights.items()):
+                builder.weight_vars[name] = scope.emit(
+                    relax.call_pure_packed(
+                        "vm.builtin.tuple_getitem",
+                        weights,
+                        tvm.tirx.IntImm("int64", index),
+                        ty_args=relax.TensorType(array.shape, str(array.dtype)),
+                    )
+                )
             count = 0
             for value, var, is_cache in zip(model.graph.inputs, inputs, cached, strict=True):
                 item = scope.emit(relax.TupleGetItem(caches, count)) if is_cache else var

@@ -1,72 +1,64 @@
-"""Compare an artifact's speed with llama.cpp's on a GGUF of the same model, in one run.
+"""Compare an artifact's speed with other runtimes' on the same model, in one run.
 
-Each side lives in a process of its own. The two take turns, a prompt and a generation each, so
-that whatever else the machine does hits both; a ratio is the median over the rounds. llama.cpp runs
-as fast as it can: built for this machine, weights mapped, flash attention where that is faster.
-
-llama-cpp-python is not a dependency of mxcompile. To have it, built for this machine::
+Each side lives in a process of its own and they take turns, a prompt and a generation each; what
+counts is the median of the ratios within a round. Every peer runs as fast as it can: llama.cpp
+built for this machine, weights mapped, flash attention where that is faster; onnxruntime and
+OpenVINO with int4 weights and int8 activations, as ``peer_models.py`` writes them. Peers are no
+dependencies of mxcompile. For llama.cpp, built for this machine::
 
     python3 -m venv build/llama
     CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=ON" build/llama/bin/pip install llama-cpp-python
-    python scripts/compare_speed.py model.mxc model.gguf --llama-python build/llama/bin/python
 
-This file is read by both interpreters; at the top it imports the standard library only.
+This file is read by all interpreters; at the top it imports the standard library only.
 """
 
 import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-OURS, LLAMA = "mxcompile", "llama.cpp"
+from sides import SERVE, Side, peak_rss, serve, take_turns
+
+OURS, OTHER, LLAMA = "mxcompile", "other", "llama.cpp"
+ORT, OPENVINO = "onnxruntime", "openvino"
 
 Feed = Callable[[Sequence[int]], None]
+Opened = tuple[int, Callable[[], None], Feed]
+"""A model: its vocabulary, what empties its context, and what feeds it tokens."""
 
 
-def serve(system: str, model: str, threads: int, prompt: int, generate: int) -> None:
-    """Be one side: load, then measure once for each line on standard input."""
-    open_side = {OURS: open_ours, LLAMA: open_llama}[system]
-    vocabulary, reset, feed = open_side(model, threads, prompt, generate)
+def measurement(side: Opened, prompt: int, generate: int) -> Callable[[], dict[str, Any]]:
+    """What a side does in its turn: read a prompt and write tokens, each from an empty context."""
+    vocabulary, reset, feed = side
     rng = random.Random(0)
     tokens = [rng.randrange(vocabulary) for _ in range(max(prompt, generate))]
-    measure(reset, feed, tokens[:prompt], tokens[:generate])  # warms up
-    print(json.dumps({"ready": True}), flush=True)
-    for _ in sys.stdin:
-        seconds = measure(reset, feed, tokens[:prompt], tokens[:generate])
-        print(json.dumps({"seconds": seconds, "peak_rss_bytes": peak_rss()}), flush=True)
+
+    def measure() -> dict[str, Any]:
+        reset()
+        start = time.perf_counter()
+        feed(tokens[:prompt])
+        middle = time.perf_counter()
+        reset()
+        restart = time.perf_counter()
+        for token in tokens[:generate]:
+            feed([token])
+        end = time.perf_counter()
+        return {
+            "prefill": middle - start,
+            "decode": end - restart,
+            "peak_rss_bytes": peak_rss(),
+        }
+
+    return measure
 
 
-def measure(
-    reset: Callable[[], None], feed: Feed, prompt: Sequence[int], generated: Sequence[int]
-) -> tuple[float, float]:
-    """Seconds to read ``prompt`` and to write ``generated``, each from an empty context."""
-    reset()
-    start = time.perf_counter()
-    feed(prompt)
-    middle = time.perf_counter()
-    reset()
-    restart = time.perf_counter()
-    for token in generated:
-        feed([token])
-    return middle - start, time.perf_counter() - restart
-
-
-def peak_rss() -> int:
-    """The most memory that this process has had, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def open_ours(
-    model: str, threads: int, prompt: int, generate: int
-) -> tuple[int, Callable[[], None], Feed]:
+def open_ours(model: str, threads: int, prompt: int, generate: int) -> Opened:
     """An artifact, through the runtime."""
     from mxcompile.runtime import Program, Session
 
@@ -79,15 +71,13 @@ def open_ours(
     return session.vocabulary, lambda: session.truncate(0), feed
 
 
-def open_llama(
-    model: str, threads: int, prompt: int, generate: int
-) -> tuple[int, Callable[[], None], Feed]:
+def open_llama(model: str, threads: int, prompt: int, generate: int) -> Opened:
     """A GGUF, through llama.cpp's C functions as llama-bench calls them."""
     import llama_cpp
 
     silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
 
-    def load(flash: bool) -> tuple[Any, Callable[[], None], Feed]:
+    def load(flash: bool) -> tuple[Any, Opened]:
         llama = llama_cpp.Llama(
             model,
             n_ctx=prompt + generate,
@@ -110,102 +100,145 @@ def open_llama(
                 raise RuntimeError("llama_decode failed")
             llama_cpp.llama_get_logits_ith(llama.ctx, -1)  # waits for the result
 
-        return llama, reset, feed
+        return llama, (int(llama.n_vocab()), reset, feed)
 
     def seconds(flash: bool) -> float:
-        llama, reset, feed = load(flash)
-        tokens = range(5, 5 + max(prompt, generate))
-        found = min(sum(measure(reset, feed, tokens[:prompt], tokens[:generate])) for _ in range(3))
+        llama, opened = load(flash)
+        measure = measurement(opened, prompt, generate)
+        turns = [measure() for _ in range(3)]
         llama.close()  # so that the peak of memory is that of one
-        return found
+        return min(float(turn["prefill"] + turn["decode"]) for turn in turns)
 
-    llama, reset, feed = load(min((False, True), key=seconds))
-    return int(llama.n_vocab()), reset, feed
+    return load(min((False, True), key=seconds))[1]
 
 
-class Side:
-    """The process of one side."""
+def open_onnxruntime(model: str, threads: int, prompt: int, generate: int) -> Opened:
+    """An ONNX model that ``peer_models.py`` wrote; caches stay in the runtime's memory."""
+    import numpy as np
+    import onnxruntime as ort
 
-    def __init__(self, python: str, system: str, model: Path, options: Sequence[int]) -> None:
-        command = [python, __file__, "--serve", system, str(model), *map(str, options)]
-        self.system, self.model = system, model
-        self.seconds: list[tuple[float, float]] = []
-        self.peak_rss_bytes = 0
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    del prompt, generate
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    pasts = [name for name in shapes if name.startswith("past")]
+    presents = [name.replace("past_key_values", "present") for name in pasts]
+    caches: list[Any] = []
+
+    def reset() -> None:
+        sizes = [tuple(d if isinstance(d, int) else 0 for d in shapes[n][1:]) for n in pasts]
+        empty = (np.zeros((1, *size), np.float32) for size in sizes)
+        caches[:] = [ort.OrtValue.ortvalue_from_numpy(array) for array in empty]
+
+    def feed(tokens: Sequence[int]) -> None:
+        past = caches[0].shape()[2]
+        binding = session.io_binding()
+        total = past + len(tokens)
+        binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        binding.bind_cpu_input("position_ids", np.arange(past, total)[None])
+        for name, cache in zip(pasts, caches, strict=True):
+            binding.bind_ortvalue_input(name, cache)
+        for name in ("logits", *presents):
+            binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        caches[:] = binding.get_outputs()[1:]
+
+    vocabulary = next(v.shape[-1] for v in session.get_outputs() if v.name == "logits")
+    return vocabulary, reset, feed
+
+
+def open_openvino(model: str, threads: int, prompt: int, generate: int) -> Opened:
+    """A stateful model that ``peer_models.py`` wrote, in OpenVINO's best settings for latency."""
+    import numpy as np
+    import openvino as ov
+
+    del prompt, generate
+    settings = {
+        "INFERENCE_NUM_THREADS": str(threads),
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32",
+    }
+    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    done = 0
+
+    def reset() -> None:
+        nonlocal done
+        request.reset_state()
+        done = 0
+
+    def feed(tokens: Sequence[int]) -> None:
+        nonlocal done
+        total = done + len(tokens)
+        request.infer(
+            {
+                "input_ids": np.array([tokens], np.int64),
+                "attention_mask": np.ones((1, total), np.int64),
+                "position_ids": np.arange(done, total)[None],
+            },
+            share_outputs=True,
         )
-        self._answer()
+        done = total
 
-    def __enter__(self) -> "Side":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def take_turn(self) -> None:
-        """Measure once."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        found = self._answer()
-        self.seconds.append(found["seconds"])
-        self.peak_rss_bytes = found["peak_rss_bytes"]
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.system} failed on {self.model}")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    @property
-    def bytes(self) -> int:
-        """The size of the weights on disk."""
-        path = self.model / "weights.safetensors" if self.model.is_dir() else self.model
-        return path.stat().st_size
+    return request.model_outputs[0].partial_shape[2].get_length(), reset, feed
 
 
-def compare(args: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
-    """Let both sides take turns; gives a row a side, ours with the ratios."""
-    options = (threads, args.prompt, args.generate)
+OPEN: Final[dict[str, Callable[[str, int, int, int], Opened]]] = {
+    OURS: open_ours,
+    OTHER: open_ours,
+    LLAMA: open_llama,
+    ORT: open_onnxruntime,
+    OPENVINO: open_openvino,
+}
+
+
+def weight_bytes(model: Path) -> int:
+    """The size of the weights on disk."""
+    if model.is_dir():
+        return (model / "weights.safetensors").stat().st_size
+    beside = (model.with_suffix(".bin"), model.with_name(f"{model.name}.data"), model)
+    return next(path.stat().st_size for path in beside if path.exists())
+
+
+def compare(
+    models: dict[str, Path], pythons: dict[str, str], options: tuple[int, int, int], rounds: int
+) -> list[dict[str, Any]]:
+    """Let all sides take turns; gives a row a side, ours first, the others with their ratios."""
+    threads, prompt, generate = options
+    numbers = [*map(str, options)]
     with ExitStack() as stack:
         sides = [
-            stack.enter_context(Side(sys.executable, OURS, args.artifact, options)),
-            stack.enter_context(Side(args.llama_python, LLAMA, args.gguf, options)),
+            stack.enter_context(Side(system, pythons[system], __file__, [system, str(p), *numbers]))
+            for system, p in models.items()
         ]
-        for turn in range(args.rounds):
-            for side in sides if turn % 2 else sides[::-1]:
-                side.take_turn()
-    ours, llama = sides
-    rows = [row(side, *options) for side in sides]
-    for index, name in enumerate(("prefill", "decode")):
-        pairs = zip(ours.seconds, llama.seconds, strict=True)
-        rows[0][f"{name}_ratio"] = statistics.median(b[index] / a[index] for a, b in pairs)
+        take_turns(sides, rounds)
+    counts = {"prefill": prompt, "decode": generate}
+    rows = []
+    for side in sides:
+        row = {
+            "model": models[side.system].name,
+            "system": side.system,
+            "threads": threads,
+            "bytes": weight_bytes(models[side.system]),
+            "peak_rss_bytes": side.found[-1]["peak_rss_bytes"],
+        }
+        for test, count in counts.items():
+            pairs = zip(side.found, sides[0].found, strict=True)
+            row[f"{test}_tokens_per_s"] = count / statistics.median(f[test] for f in side.found)
+            row[f"{test}_time_over_ours"] = statistics.median(a[test] / b[test] for a, b in pairs)
+        rows.append(row)
     return rows
-
-
-def row(side: Side, threads: int, prompt: int, generate: int) -> dict[str, Any]:
-    """The figures of one side."""
-    return {
-        "model": side.model.name,
-        "system": side.system,
-        "threads": threads,
-        "bytes": side.bytes,
-        "prefill_tokens_per_s": prompt / statistics.median(s[0] for s in side.seconds),
-        "decode_tokens_per_s": generate / statistics.median(s[1] for s in side.seconds),
-        "peak_rss_bytes": side.peak_rss_bytes,
-    }
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the rows for the eye."""
-    print(f"{'system':10} threads       MB  prefill   decode  RSS MB  ratio prefill, decode")
+    print("system      threads       MB  prefill   decode  RSS MB  time/ours: prefill, decode")
     for found in rows:
-        ratios = [f"{found[k]:.2f}" for k in ("prefill_ratio", "decode_ratio") if k in found]
+        ratios = [f"{found[f'{test}_time_over_ours']:.2f}" for test in ("prefill", "decode")]
         print(
-            f"{found['system']:10} {found['threads']:7} {found['bytes'] / 1e6:8.1f}"
+            f"{found['system']:11} {found['threads']:7} {found['bytes'] / 1e6:8.1f}"
             f" {found['prefill_tokens_per_s']:8.1f} {found['decode_tokens_per_s']:8.1f}"
             f" {found['peak_rss_bytes'] / 1e6:7.0f}  {', '.join(ratios)}"
         )
@@ -213,24 +246,35 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Compare at each number of threads."""
-    if sys.argv[1:2] == ["--serve"]:
-        system, model, *options = sys.argv[2:]
-        threads, prompt, generate = map(int, options)
-        return serve(system, model, threads, prompt, generate)
+    if sys.argv[1:2] == [SERVE]:
+        system, model, *numbers = sys.argv[2:]
+        threads, prompt, generate = map(int, numbers)
+        side = OPEN[system](model, threads, prompt, generate)
+        return serve(measurement(side, prompt, generate))
     summary, _, details = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("gguf", type=Path)
+    parser.add_argument("--gguf", type=Path, help="for llama.cpp")
+    parser.add_argument("--onnxruntime", type=Path, metavar="FILE.onnx")
+    parser.add_argument("--openvino", type=Path, metavar="FILE.xml")
+    parser.add_argument("--other", type=Path, metavar="FOLDER.mxc", help="another of ours")
     parser.add_argument("--llama-python", default=sys.executable, help="where llama_cpp is")
+    parser.add_argument("--openvino-python", default=sys.executable, help="where openvino is")
     parser.add_argument("-t", "--threads", default="1,2", help="such as 1,2 (the default)")
     parser.add_argument("-p", "--prompt", type=int, default=256)
     parser.add_argument("-n", "--generate", type=int, default=64)
     parser.add_argument("-r", "--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print JSON rows")
     args = parser.parse_args()
-    rows = [found for t in args.threads.split(",") for found in compare(args, int(t))]
+    given = (args.artifact, args.other, args.gguf, args.onnxruntime, args.openvino)
+    models = {name: path for name, path in zip(OPEN, given, strict=True) if path is not None}
+    pythons = dict.fromkeys(OPEN, sys.executable)
+    pythons |= {LLAMA: args.llama_python, OPENVINO: args.openvino_python}
+    rows = []
+    for threads in map(int, args.threads.split(",")):
+        rows += compare(models, pythons, (threads, args.prompt, args.generate), args.rounds)
     return print(json.dumps(rows, indent=1)) if args.json else show(rows)
 
 
