@@ -16,8 +16,8 @@ float32, their sum as int32. One stream a row is what lets 8 rows share the regi
 activation of ``D`` digits has ``D`` runs of records a row, from the highest digit, whose scales
 hold the digits' weights: the kernel takes them as rows that add up.
 
-Where AVX-512 VNNI multiplies several rows, the weights' codes are the signed operand: codes of ``Q``
-are plus 128, as uint8, and its sums are the low half of a word whose high half is 128.
+Where AVX-512 VNNI multiplies several rows, the weights' codes are the signed operand: the codes of
+``Q`` are plus 128, as uint8, and its sums are the low half of a word whose high half is 128.
 
 The inner loops keep a row of the tile in every lane: a vector of 16 words holds 4 codes of 16 rows,
 and a dot product of bytes multiplies them by 4 activations that are broadcast. Codes of less than
@@ -449,7 +449,8 @@ class _Unpacked:
             def of_sides(part: Any) -> list[Expr]:
                 return [hold(load(part, i, side, 0, lanes=ROW_TILE)) for side in (0, 1)]
 
-            starts, scales = of_sides(self.offsets if offsets else self.starts), of_sides(self.scales)
+            starts = of_sides(self.offsets if offsets else self.starts)
+            scales = of_sides(self.scales)
             dots = [[_Register("int32x16") for _ in (0, 1)] for _ in range(rows * digits)]
             for r, dot in enumerate(dots):
                 for side in (0, 1):
