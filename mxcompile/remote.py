@@ -6,11 +6,14 @@ off gives no error, so that everything that waits for one has a time limit.
 """
 
 import collections
+import ctypes
 import json
 import queue
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +43,9 @@ TRIAL_SECONDS: Final = 300
 """How long a trial may take, its weights' way to the device included."""
 
 BENCH_SECONDS: Final = 3600
+
+STOP_SECONDS: Final = 10
+"""How long a search that ends early waits for the trials under way."""
 
 ATTEMPTS: Final = 3
 """A case that lost so many devices is given up: it may be what they die of."""
@@ -238,6 +244,12 @@ def _reader(session: Any, library: Path) -> Read:
     return read
 
 
+def _leave(*objects: object) -> None:
+    """Never free what may lie on a device that is silent: TVM would wait for its answer."""
+    for each in objects:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
+
+
 # Tuning
 
 
@@ -269,6 +281,7 @@ class Fleet:
         self._tracker, self._where, self._log, self._progress = tracker, where, log, progress
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._building, self._writing = threading.Lock(), threading.Lock()
+        self._stopping = threading.Event()
         self._known: dict[str, Records] = {}
 
     def tune(self, cases: Sequence[Case], first: Device, limits: Limits) -> Iterator[Outcome]:
@@ -284,15 +297,20 @@ class Fleet:
         """
         devices: list[Device | None] = [first, *[None] * (self._tracker.devices() - 1)]
         workers = [_Worker() for _ in devices]
-        end = limits.end()
+        end, threads = limits.end(), []
         for worker, device in zip(workers, devices, strict=True):
             work = partial(self._work, worker, device, limits.trials, end)
-            threading.Thread(target=work, daemon=True).start()
+            threads.append(threading.Thread(target=work, daemon=True))
+            threads[-1].start()
         try:
             yield from self._dispatch(cases, len(workers))
-        finally:
+        finally:  # TVM aborts the process if it ends while a kernel is compiled
+            self._stopping.set()
             for worker in workers:
                 worker.inbox.put(None)
+            last = time.monotonic() + STOP_SECONDS
+            for thread in threads:
+                thread.join(max(0.0, last - time.monotonic()))
 
     def _dispatch(self, cases: Sequence[Case], alive: int) -> Iterator[Outcome]:
         """Hand cases to whoever is ready; gives what they come to."""
@@ -302,7 +320,7 @@ class Fleet:
             while waiting and idle:
                 idle.pop().inbox.put(waiting.popleft())
                 busy += 1
-            event = self._events.get()
+            event = self._next()
             busy -= event.case is not None
             if event.gone:
                 alive -= 1
@@ -325,26 +343,35 @@ class Fleet:
             elif event.result is not None:
                 yield event.result
 
+    def _next(self) -> _Event:
+        """What happens next; not one long wait, as Ctrl-C may reach another thread than this."""
+        while True:
+            with suppress(queue.Empty):
+                return self._events.get(timeout=1)
+
     def _work(self, worker: _Worker, device: Device | None, trials: int | None, end: float) -> None:
         """Be one device, until there is nothing to do or it is gone for good."""
         measurer = None
-        while True:
+        while not self._stopping.is_set():
             try:
                 if measurer is None:
                     device = device or Device.connect(self._tracker, self._where.triple)
                     measurer = device.measurer(self._where, self._building)
             except Exception as error:
-                return self._events.put(_Event(worker, result=error, gone=True))
+                self._events.put(_Event(worker, result=error, gone=True))
+                break
             self._events.put(_Event(worker))
             case = worker.inbox.get()
-            if case is None:
-                return None
+            if case is None or self._stopping.is_set():
+                break
             known = self._records(measurer.hardware)
             result: Outcome | Exception | None
             try:
                 result = tune_case(case, measurer, known, trials, end, self._keep)
             except Exception as error:
                 result = error
+                if not self._stopping.is_set():
+                    _leave(device, measurer)
                 device = measurer = None
             self._events.put(_Event(worker, case, result))
 
@@ -357,6 +384,8 @@ class Fleet:
     def _keep(self, record: Record) -> None:
         with self._writing:
             records.append(self._log, [record])
+        if self._stopping.is_set():
+            raise DeviceError("the search ends")
 
 
 # Benchmarks
