@@ -39,7 +39,7 @@ from mxcompile.budget import Budgets
 from mxcompile.cache_choice import CacheChoice, choose_caches
 from mxcompile.errors import PlanError, UnsupportedError, UsageError
 from mxcompile.evidence import Evidence
-from mxcompile.formats import FORMATS
+from mxcompile.formats import FORMATS, ActivationFormat
 from mxcompile.instruments import Dump, Verify
 from mxcompile.latency import Latency, predict
 from mxcompile.passes import sort_vocabulary
@@ -51,6 +51,7 @@ from mxcompile.records import Records
 from mxcompile.samples import Samples
 from mxcompile.solve import ANY_SPEED, Solution, solve, sweep
 from mxcompile.statistics import Statistics
+from mxcompile.survey import survey
 
 HEADER_BYTES: Final = 90
 """The most that the weight file's header says of a tensor, besides its name."""
@@ -502,7 +503,8 @@ def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
 def _choose(job: Job, where: target.Target, priced: Priced, progress: Progress) -> Planned:
     """Spend the budgets by the strategy asked for; the solver's own refuses what none can meet."""
     model, costs = priced.model, priced.costs
-    found = _solve(job, where, model, costs, priced.fixed_bytes, progress)
+    activations = choose_activations(model, priced.statistics, job.activations)
+    found = _solve(job, where, priced, activations, progress)
     plan, predicted = found.plan, _predictions(found, model)
     if job.strategy != strategies.OURS:
         plan = _other(job, priced, progress)
@@ -512,7 +514,7 @@ def _choose(job: Job, where: target.Target, priced: Priced, progress: Progress) 
         predicted = {"damage": damage, "method": job.strategy, "bits_per_weight": bits}
     plan = replace(
         plan,
-        activations=choose_activations(model, priced.statistics, job.activations),
+        activations=activations,
         caches=choose_caches(model, priced.statistics, job.caches or cache_choice.DEFAULT),
     )
     if plan.caches:
@@ -533,33 +535,38 @@ def _other(job: Job, priced: Priced, progress: Progress) -> PrecisionPlan:
 def _solve(
     job: Job,
     where: target.Target,
-    model: ir.Model,
-    costs: Costs,
-    fixed: int,
+    priced: Priced,
+    activations: Mapping[str, ActivationFormat],
     progress: Progress,
 ) -> Solution:
-    count = graph.parameters(model)
+    count = graph.parameters(priced.model)
     budgets = Budgets.parse(job.budgets, count)
     with progress.stage("solve"):
         latency = ANY_SPEED
         if budgets.rate is not None:
-            latency = _latency(job, where, model)
+            latency = _latency(job, where, priced.model, activations)
             progress.note(f"the rate is predicted by {latency.source}")
         return solve(
-            costs.bind(job.rules),
+            priced.costs.bind(job.rules),
             budgets,
             parameters=count,
-            fixed_bytes=fixed,
+            fixed_bytes=priced.fixed_bytes,
             latency=latency,
         )
 
 
-def _latency(job: Job, where: target.Target, model: ir.Model) -> Latency:
+def _latency(
+    job: Job,
+    where: target.Target,
+    model: ir.Model,
+    activations: Mapping[str, ActivationFormat],
+) -> Latency:
     """Measured where the target is this machine, else as records and its description say."""
-    reads = {
-        unit: sum(use.kind != "embedding" for use in uses)
+    linear = {
+        unit: [use for use in uses if use.kind != "embedding"]
         for unit, uses in graph.uses(model).items()
     }
+    reads = {unit: len(uses) for unit, uses in linear.items()}
     if where.kernels == "cpu" and job.hardware is not None:
         known = _records(job)
         return predict(
@@ -572,13 +579,22 @@ def _latency(job: Job, where: target.Target, model: ir.Model) -> Latency:
         )
     if where.runs_here and where.kernels == "cpu" and not where.parent:
         threads = runtime.cores()
+        found = survey(where, threads)
         return predict(
             tune.products(model),
             reads,
             _records(job),
             threads=threads,
             bandwidth=roofline.measure(threads).read_bandwidth,
-            fixed_seconds=tune.kernel_calls(model) * tune.call_seconds(where),
+            fixed_seconds=tune.kernel_calls(model) * found.call_seconds,
+            survey=found,
+            activations={
+                unit: activations[source]
+                for unit, uses in linear.items()
+                for use in uses
+                if use.node.inputs[0] is not None
+                and (source := graph.name(use.node.inputs[0])) in activations
+            },
         )
     macs = sum(reads[unit.name] * unit.parameters for unit in graph.units(model))
     return Latency.described(where, macs, reads)

@@ -2,9 +2,10 @@
 
 One row of activations against a packed weight is bound by memory. Where tuning records have timed
 a product's kernel on this machine, its bytes take the time that they took there; for other products
-the same format's records say it, or else the roofline model (Williams et al., 2009), the bytes over
-the read bandwidth of this machine. Attention to a short context, norms, activations and the calls
-of all kernels add the same to every plan: a number of calls, each at what a small kernel costs.
+the same format's records say it, or else a survey of the untuned kernels; on a machine that is only
+described the roofline model (Williams et al., 2009), the bytes over its read bandwidth. Attention
+to a short context, norms, activations and the calls of all kernels add the same to every plan: a
+number of calls, each at what a small kernel costs.
 """
 
 import statistics
@@ -15,9 +16,10 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mxcompile.formats import FORMATS, Format
+from mxcompile.formats import FORMATS, ActivationFormat, Format
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
 from mxcompile.records import Case, Records, representative
+from mxcompile.survey import Survey
 from mxcompile.target import Target
 
 NANO: Final = 1e-9
@@ -89,8 +91,10 @@ def predict(
     threads: int,
     bandwidth: float,
     fixed_seconds: float,
+    survey: Survey | None = None,
+    activations: Mapping[str, ActivationFormat] | None = None,
 ) -> Latency:
-    """The latency of a model's decode steps on this machine.
+    """The latency of a model's decode steps on a machine.
 
     Args:
         products: The units of each matrix product: some are multiplied in one call.
@@ -99,23 +103,32 @@ def predict(
         threads: How many a program runs on.
         bandwidth: Bytes read a second by so many threads.
         fixed_seconds: Of a step, whatever the plan.
+        survey: What untuned kernels take; it also says what activations of 16 bits add.
+        activations: By unit, the format of what it is multiplied with, if not int8.
     """
+    rates = survey.rates if survey else {}
     layouts = {name: representative(fmt) for name, fmt in FORMATS.items()}
-    by_format = {name: _by_format(records, layouts[name], threads) for name in FORMATS}
+    by_format = {
+        name: _by_format(records, layout, threads) or rates.get((layout, "int8"))
+        for name, layout in layouts.items()
+    }
     timed, exact = {}, 0
     for units in products:
+        wide = str((activations or {}).get(units[0].name, "int8"))
         for name, usual in by_format.items():
-            rows = sum(unit.rows for unit in units)
-            case = Case(layouts[name], rows, units[0].columns, 1, threads)
+            rows, layout = sum(unit.rows for unit in units), layouts[name]
+            case = Case(layout, rows, units[0].columns, 1, threads)
             best = records.best(case)
             found = usual if best is None else best * 1e-6 / _bytes(case)
             exact += best is not None
+            if found is not None and (layout, wide) in rates:
+                found *= rates[layout, wide] / rates[layout, "int8"]
             if found is not None:
                 timed.update({(unit.name, name): found for unit in units})
+    known = "a survey" if survey else f"a roofline at {bandwidth * NANO:.1f} GB/s"
     source = (
-        f"tuning records of {exact} of {len(products) * len(FORMATS)} products, a roofline at "
-        f"{bandwidth * NANO:.1f} GB/s with {threads} threads, and "
-        f"{fixed_seconds * 1e3:.2f} ms of other kernels"
+        f"tuning records of {exact} of {len(products) * len(FORMATS)} products, {known} with "
+        f"{threads} threads, and {fixed_seconds * 1e3:.2f} ms of other kernels"
     )
     return Latency(1 / bandwidth, reads, source, timed, fixed_seconds)
 

@@ -32,7 +32,7 @@ from mxcompile.knobs import GAIN, Setting, space_of
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
 from mxcompile.records import Case, Record, Records, representative
 from mxcompile.target import Target
-from mxcompile.targets import cpu_norm, packing
+from mxcompile.targets import packing
 from mxcompile.targets.cpu_matmul import Knobs, MatmulKernel, activation_bytes
 
 INT8: Final = ACTIVATION_FORMATS["int8"]
@@ -61,10 +61,6 @@ _KERNELS: Final = {
     "Gather": 1,
 }
 """The kernels that operators call; appending to a cache is one besides attention itself."""
-
-_NORM: Final = 640
-_CALLS: Final = 100
-"""The floats of a norm, and how many norms, that measure what a call costs."""
 
 
 class Measurer(Protocol):
@@ -222,43 +218,17 @@ def products(model: ir.Model) -> list[list[Unit]]:
 
 
 def kernel_calls(model: ir.Model) -> int:
-    """About how many kernels a step of a canonical model calls besides matrix products.
+    """About how many kernels a step of a canonical model calls.
 
     Each product quantizes its activations first. What only looks at a tensor otherwise, or works
     on sizes, calls none; element-wise chains are fused with the first of their operators.
     """
-    count = len(products(model))
+    count = 2 * len(products(model))
     for node in model.graph:
         kinds = {v.dtype for v in node.outputs}
         if kinds == {ir.DataType.FLOAT} and node.op_type in _KERNELS:
             count += _KERNELS[node.op_type]
     return count
-
-
-def call_seconds(target: Target) -> float:
-    """What a small kernel of a step costs on this machine: a norm of a row, as programs call it.
-
-    Raises:
-        UsageError: this machine cannot run the target's kernels.
-    """
-    check_host(target)
-    kernel = cpu_norm.rms_norm(cpu_norm.Runs(_NORM), 1e-6, cpu_norm.Simd())
-    bb = relax.BlockBuilder()
-    seq = tvm.tirx.Var("seq", "int64")  # as programs have it: sizes are checked in every call
-    row = relax.TensorType((1, seq, _NORM), "float32")
-    x, weight = relax.Var("x", row), relax.Var("weight", relax.TensorType((_NORM,), "float32"))
-    norm = bb.add_func(lower.rooted(kernel), "norm")
-    with bb.function("main", [x, weight]):
-        with bb.dataflow():
-            value: Any = x
-            for _ in range(_CALLS):
-                value = bb.emit(relax.call_tir(norm, [value, weight], row))
-            value = bb.emit_output(value)
-        bb.emit_func_output(value)
-    vm = load(bb.finalize(), target)
-    ones = [np.ones((1, 1, _NORM), np.float32), np.ones(_NORM, np.float32)]
-    evaluator = vm.time_evaluator("main", tvm.cpu(), number=5, repeat=REPEATS)
-    return float(min(evaluator(*map(tvm.runtime.tensor, ones)).results) / _CALLS)
 
 
 def load(module: Any, target: Target) -> Any:

@@ -1,0 +1,155 @@
+"""What a decode step's kernels take on this machine as they are, without tuning.
+
+A roofline knows neither how near a kernel comes to it nor what stands between two products. So all
+layouts are timed on a weight larger than caches, and a chain of what a layer is made of (norm,
+rounded activations, product, residual) on as many weights: what it takes more than its bytes is the
+price of its calls, with caches as cold as in a model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from mxcompile import lower, runtime, tune
+from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, ActivationFormat
+from mxcompile.plan import ROW_TILE, tile_bytes
+from mxcompile.records import representative
+from mxcompile.target import Target
+from mxcompile.targets import cpu_norm, packing
+from mxcompile.targets.cpu_matmul import MatmulKernel, activation_bytes
+
+WIDTH: Final = 1024
+"""Columns of all weights, and rows of those in the chain."""
+
+CHAIN: Final = "int4"
+"""The format of the chain's weights."""
+
+LINK: Final = 4
+"""Kernels for each weight of the chain."""
+
+REPEATS: Final = 12
+
+INT8: Final = ACTIVATION_FORMATS["int8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Times of kernels with their default knobs.
+
+    Attributes:
+        rates: Seconds a byte of a weight, by a layout's format and the activations' format.
+        call_seconds: What a kernel of a step costs besides.
+    """
+
+    rates: Mapping[tuple[str, str], float]
+    call_seconds: float
+
+
+def survey(target: Target, threads: int) -> Survey:
+    """Time the kernels on so many threads of this machine; takes some ten seconds.
+
+    Raises:
+        UsageError: this machine cannot run the target's kernels.
+    """
+    tune.check_host(target)
+    runtime.set_threads(threads)
+    layouts = sorted(set(map(representative, FORMATS.values())))
+    vm = tune.load(_module(target, layouts), target)
+    data = tvm.runtime.tensor(np.ones(tune.STREAM_BYTES, np.uint8))
+    rates = {}
+    for name in layouts:
+        tiles = tune.STREAM_BYTES // tile_bytes(WIDTH, FORMATS[name])
+        table = tvm.runtime.tensor(_table(name, tiles))
+        for fmt in ACTIVATION_FORMATS.values():
+            codes = tvm.runtime.tensor(np.ones((1, activation_bytes(WIDTH, fmt)), np.int8))
+            taken = _seconds(vm, f"read_{fmt}", codes, data, table)
+            rates[name, str(fmt)] = taken / (tiles * tile_bytes(WIDTH, FORMATS[name]))
+    weights = [tvm.runtime.tensor(np.ones(_chain_bytes(), np.uint8)) for _ in range(_links())]
+    row = tvm.runtime.tensor(np.ones((1, 1, WIDTH), np.float32))
+    gain = tvm.runtime.tensor(np.ones(WIDTH, np.float32))
+    table = tvm.runtime.tensor(_table(CHAIN, WIDTH // ROW_TILE))
+    taken = _seconds(vm, "chain", row, gain, table, *weights)
+    streamed = rates[CHAIN, str(INT8)] * _links() * _chain_bytes()
+    return Survey(rates, max(taken - streamed, 0.0) / (LINK * _links()))
+
+
+def _seconds(vm: Any, function: str, *arguments: Any) -> float:
+    """The least of some runs: whatever else the machine does only adds to it."""
+    evaluator = vm.time_evaluator(function, tvm.cpu(), number=1, repeat=REPEATS)
+    return float(min(evaluator(*arguments).results))
+
+
+def _chain_bytes() -> int:
+    return WIDTH // ROW_TILE * tile_bytes(WIDTH, FORMATS[CHAIN])
+
+
+def _links() -> int:
+    return tune.STREAM_BYTES // _chain_bytes()
+
+
+def _table(name: str, tiles: int) -> np.ndarray:
+    """The tile table of a weight that has one format."""
+    starts = np.arange(tiles) * (tile_bytes(WIDTH, FORMATS[name]) // packing.VECTOR)
+    layouts = np.full_like(starts, FORMATS[name].layout)
+    return np.stack([layouts, starts, np.zeros_like(starts)], axis=1).astype(np.int32)
+
+
+def _module(target: Target, layouts: list[str]) -> Any:
+    """Relax functions ``read_FORMAT(codes, weight, table)``, ``chain(x, gain, table, *weights)``.
+
+    Sizes are unknown when they are compiled, as in a model's program.
+    """
+    kernel = MatmulKernel(target.instructions, formats=tuple(layouts))  # type: ignore[arg-type]
+    bb = relax.BlockBuilder()
+
+    def size(name: str) -> Any:
+        return tvm.tirx.Var(name, "int64")
+
+    def kernels(fmt: ActivationFormat) -> tuple[Any, Any]:
+        quantize, product = kernel.quantize_activation(fmt), kernel.matmul_quantized(fmt)
+        return (
+            bb.add_func(lower.rooted(quantize), f"quantize_{fmt}"),
+            bb.add_func(lower.rooted(product), f"product_{fmt}"),
+        )
+
+    by_format = {fmt: kernels(fmt) for fmt in ACTIVATION_FORMATS.values()}
+    for fmt, (_, product) in by_format.items():
+        tiles = size("tiles")
+        codes = relax.Var("codes", relax.TensorType((1, activation_bytes(WIDTH, fmt)), "int8"))
+        weight = relax.Var("weight", relax.TensorType((size("bytes"),), "uint8"))
+        table = relax.Var("table", relax.TensorType((tiles, 3), "int32"))
+        out = relax.TensorType((1, tiles * ROW_TILE), "float32")
+        with bb.function(f"read_{fmt}", [codes, weight, table]):
+            with bb.dataflow():
+                found = bb.emit_output(relax.call_tir(product, [codes, weight, table], out))
+            bb.emit_func_output(found)
+    norm = cpu_norm.rms_norm(cpu_norm.Runs(WIDTH), 1e-6, cpu_norm.Simd())
+    norm = bb.add_func(lower.rooted(norm), "norm")
+    quantize, product = by_format[INT8]
+    seq = size("seq")
+    row, flat = (relax.TensorType((*lead, WIDTH), "float32") for lead in ((1, seq), (seq,)))
+    rounded = relax.TensorType((seq, activation_bytes(WIDTH, INT8)), "int8")
+    x = relax.Var("x", row)
+    gain = relax.Var("gain", relax.TensorType((WIDTH,), "float32"))
+    table = relax.Var("table", relax.TensorType((WIDTH // ROW_TILE, 3), "int32"))
+    weights = [
+        relax.Var(f"weight{i}", relax.TensorType((_chain_bytes(),), "uint8"))
+        for i in range(_links())
+    ]
+    with bb.function("chain", [x, gain, table, *weights]):
+        with bb.dataflow():
+            value: Any = x
+            for weight in weights:
+                y = bb.emit(relax.call_tir(norm, [value, gain], row))
+                y = bb.emit(relax.op.reshape(y, (seq, WIDTH)))
+                y = bb.emit(relax.call_tir(quantize, [y], rounded))
+                y = bb.emit(relax.call_tir(product, [y, weight, table], flat))
+                y = bb.emit(relax.op.reshape(y, (1, seq, WIDTH)))
+                value = bb.emit(relax.op.add(value, y))
+            value = bb.emit_output(value)
+        bb.emit_func_output(value)
+    return bb.finalize()
