@@ -51,13 +51,16 @@ from mxcompile.records import Records
 from mxcompile.samples import Samples
 from mxcompile.solve import ANY_SPEED, Solution, solve, sweep
 from mxcompile.statistics import Statistics
-from mxcompile.survey import survey
+from mxcompile.survey import WIDE, survey
 
 HEADER_BYTES: Final = 90
 """The most that the weight file's header says of a tensor, besides its name."""
 
 TILE_ENTRY_BYTES: Final = 12
 """A row tile's entry in the table of formats and offsets."""
+
+RUNTIME_SECONDS: Final = 1e-4
+"""What the Python runtime spends on a decode step."""
 
 SWEEP_POINTS: Final = 24
 
@@ -579,14 +582,16 @@ def _latency(
         )
     if where.runs_here and where.kernels == "cpu" and not where.parent:
         threads = runtime.cores()
-        found = survey(where, threads)
+        found = survey(where, threads, tune.main_columns(model))
+        fixed = tune.kernel_calls(model) * found.call_seconds + RUNTIME_SECONDS
+        fixed += tune.wide_results(model, WIDE) * found.element_seconds
         return predict(
             tune.products(model),
             reads,
             _records(job),
             threads=threads,
             bandwidth=roofline.measure(threads).read_bandwidth,
-            fixed_seconds=tune.kernel_calls(model) * found.call_seconds,
+            fixed_seconds=fixed,
             survey=found,
             activations={
                 unit: activations[source]

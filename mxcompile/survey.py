@@ -3,7 +3,8 @@
 A roofline knows neither how near a kernel comes to it nor what stands between two products. So all
 layouts are timed on a weight larger than caches, and a chain of what a layer is made of (norm,
 rounded activations, product, residual) on as many weights: what it takes more than its bytes is the
-price of its calls, with caches as cold as in a model.
+price of its calls, with caches as cold as in a model. Results as wide as a vocabulary are worth a
+price of their own: to put them in another order.
 """
 
 from collections.abc import Mapping
@@ -22,9 +23,6 @@ from mxcompile.target import Target
 from mxcompile.targets import cpu_norm, packing
 from mxcompile.targets.cpu_matmul import MatmulKernel, activation_bytes
 
-WIDTH: Final = 1024
-"""Columns of all weights, and rows of those in the chain."""
-
 CHAIN: Final = "int4"
 """The format of the chain's weights."""
 
@@ -32,6 +30,11 @@ LINK: Final = 4
 """Kernels for each weight of the chain."""
 
 REPEATS: Final = 12
+
+WIDE: Final = 1 << 14
+"""Numbers in a row of results that make an operator on it more than a call."""
+
+_VOCABULARY: Final = 1 << 18
 
 INT8: Final = ACTIVATION_FORMATS["int8"]
 
@@ -43,14 +46,21 @@ class Survey:
     Attributes:
         rates: Seconds a byte of a weight, by a layout's format and the activations' format.
         call_seconds: What a kernel of a step costs besides.
+        element_seconds: What moving a number of a wide result takes.
     """
 
     rates: Mapping[tuple[str, str], float]
     call_seconds: float
+    element_seconds: float
 
 
-def survey(target: Target, threads: int) -> Survey:
+def survey(target: Target, threads: int, width: int) -> Survey:
     """Time the kernels on so many threads of this machine; takes some ten seconds.
+
+    Args:
+        target: What kernels are compiled for.
+        threads: How many they run on.
+        width: Columns of all weights, and rows of those in the chain: as most of a model has them.
 
     Raises:
         UsageError: this machine cannot run the target's kernels.
@@ -58,23 +68,29 @@ def survey(target: Target, threads: int) -> Survey:
     tune.check_host(target)
     runtime.set_threads(threads)
     layouts = sorted(set(map(representative, FORMATS.values())))
-    vm = tune.load(_module(target, layouts), target)
+    link_bytes = -(-width // ROW_TILE) * tile_bytes(width, FORMATS[CHAIN])
+    links = tune.STREAM_BYTES // link_bytes
+    vm = tune.load(_module(target, layouts, width, links), target)
     data = tvm.runtime.tensor(np.ones(tune.STREAM_BYTES, np.uint8))
     rates = {}
     for name in layouts:
-        tiles = tune.STREAM_BYTES // tile_bytes(WIDTH, FORMATS[name])
-        table = tvm.runtime.tensor(_table(name, tiles))
+        size = tile_bytes(width, FORMATS[name])
+        tiles = tune.STREAM_BYTES // size
+        table = tvm.runtime.tensor(_table(name, tiles, width))
         for fmt in ACTIVATION_FORMATS.values():
-            codes = tvm.runtime.tensor(np.ones((1, activation_bytes(WIDTH, fmt)), np.int8))
+            codes = tvm.runtime.tensor(np.ones((1, activation_bytes(width, fmt)), np.int8))
             taken = _seconds(vm, f"read_{fmt}", codes, data, table)
-            rates[name, str(fmt)] = taken / (tiles * tile_bytes(WIDTH, FORMATS[name]))
-    weights = [tvm.runtime.tensor(np.ones(_chain_bytes(), np.uint8)) for _ in range(_links())]
-    row = tvm.runtime.tensor(np.ones((1, 1, WIDTH), np.float32))
-    gain = tvm.runtime.tensor(np.ones(WIDTH, np.float32))
-    table = tvm.runtime.tensor(_table(CHAIN, WIDTH // ROW_TILE))
+            rates[name, str(fmt)] = taken / (tiles * size)
+    weights = [tvm.runtime.tensor(np.ones(link_bytes, np.uint8)) for _ in range(links)]
+    row = tvm.runtime.tensor(np.ones((1, 1, width), np.float32))
+    gain = tvm.runtime.tensor(np.ones(width, np.float32))
+    table = tvm.runtime.tensor(_table(CHAIN, -(-width // ROW_TILE), width))
     taken = _seconds(vm, "chain", row, gain, table, *weights)
-    streamed = rates[CHAIN, str(INT8)] * _links() * _chain_bytes()
-    return Survey(rates, max(taken - streamed, 0.0) / (LINK * _links()))
+    streamed = rates[CHAIN, str(INT8)] * links * link_bytes
+    order = np.random.default_rng(0).permutation(_VOCABULARY).astype(np.int32)
+    results = tvm.runtime.tensor(np.ones((1, _VOCABULARY), np.float32))
+    moved = _seconds(vm, "move", results, tvm.runtime.tensor(order))
+    return Survey(rates, max(taken - streamed, 0.0) / (LINK * links), moved / _VOCABULARY)
 
 
 def _seconds(vm: Any, function: str, *arguments: Any) -> float:
@@ -83,23 +99,18 @@ def _seconds(vm: Any, function: str, *arguments: Any) -> float:
     return float(min(evaluator(*arguments).results))
 
 
-def _chain_bytes() -> int:
-    return WIDTH // ROW_TILE * tile_bytes(WIDTH, FORMATS[CHAIN])
-
-
-def _links() -> int:
-    return tune.STREAM_BYTES // _chain_bytes()
-
-
-def _table(name: str, tiles: int) -> np.ndarray:
+def _table(name: str, tiles: int, width: int) -> np.ndarray:
     """The tile table of a weight that has one format."""
-    starts = np.arange(tiles) * (tile_bytes(WIDTH, FORMATS[name]) // packing.VECTOR)
+    starts = np.arange(tiles) * (tile_bytes(width, FORMATS[name]) // packing.VECTOR)
     layouts = np.full_like(starts, FORMATS[name].layout)
     return np.stack([layouts, starts, np.zeros_like(starts)], axis=1).astype(np.int32)
 
 
-def _module(target: Target, layouts: list[str]) -> Any:
-    """Relax functions ``read_FORMAT(codes, weight, table)``, ``chain(x, gain, table, *weights)``.
+def _module(target: Target, layouts: list[str], width: int, links: int) -> Any:
+    """Relax functions for ``survey``.
+
+    They are ``read_FORMAT(codes, weight, table)`` for each format of activations, ``chain(x, gain,
+    table, *weights)`` and ``move(results, order)``.
 
     Sizes are unknown when they are compiled, as in a model's program.
     """
@@ -119,7 +130,7 @@ def _module(target: Target, layouts: list[str]) -> Any:
     by_format = {fmt: kernels(fmt) for fmt in ACTIVATION_FORMATS.values()}
     for fmt, (_, product) in by_format.items():
         tiles = size("tiles")
-        codes = relax.Var("codes", relax.TensorType((1, activation_bytes(WIDTH, fmt)), "int8"))
+        codes = relax.Var("codes", relax.TensorType((1, activation_bytes(width, fmt)), "int8"))
         weight = relax.Var("weight", relax.TensorType((size("bytes"),), "uint8"))
         table = relax.Var("table", relax.TensorType((tiles, 3), "int32"))
         out = relax.TensorType((1, tiles * ROW_TILE), "float32")
@@ -127,29 +138,34 @@ def _module(target: Target, layouts: list[str]) -> Any:
             with bb.dataflow():
                 found = bb.emit_output(relax.call_tir(product, [codes, weight, table], out))
             bb.emit_func_output(found)
-    norm = cpu_norm.rms_norm(cpu_norm.Runs(WIDTH), 1e-6, cpu_norm.Simd())
+    norm = cpu_norm.rms_norm(cpu_norm.Runs(width), 1e-6, cpu_norm.Simd())
     norm = bb.add_func(lower.rooted(norm), "norm")
     quantize, product = by_format[INT8]
     seq = size("seq")
-    row, flat = (relax.TensorType((*lead, WIDTH), "float32") for lead in ((1, seq), (seq,)))
-    rounded = relax.TensorType((seq, activation_bytes(WIDTH, INT8)), "int8")
+    row, flat = (relax.TensorType((*lead, width), "float32") for lead in ((1, seq), (seq,)))
+    rounded = relax.TensorType((seq, activation_bytes(width, INT8)), "int8")
     x = relax.Var("x", row)
-    gain = relax.Var("gain", relax.TensorType((WIDTH,), "float32"))
-    table = relax.Var("table", relax.TensorType((WIDTH // ROW_TILE, 3), "int32"))
-    weights = [
-        relax.Var(f"weight{i}", relax.TensorType((_chain_bytes(),), "uint8"))
-        for i in range(_links())
-    ]
+    gain = relax.Var("gain", relax.TensorType((width,), "float32"))
+    table = relax.Var("table", relax.TensorType((-(-width // ROW_TILE), 3), "int32"))
+    link_bytes = -(-width // ROW_TILE) * tile_bytes(width, FORMATS[CHAIN])
+    link = relax.TensorType((link_bytes,), "uint8")
+    weights = [relax.Var(f"weight{i}", link) for i in range(links)]
     with bb.function("chain", [x, gain, table, *weights]):
         with bb.dataflow():
             value: Any = x
             for weight in weights:
                 y = bb.emit(relax.call_tir(norm, [value, gain], row))
-                y = bb.emit(relax.op.reshape(y, (seq, WIDTH)))
+                y = bb.emit(relax.op.reshape(y, (seq, width)))
                 y = bb.emit(relax.call_tir(quantize, [y], rounded))
                 y = bb.emit(relax.call_tir(product, [y, weight, table], flat))
-                y = bb.emit(relax.op.reshape(y, (1, seq, WIDTH)))
+                y = bb.emit(relax.op.reshape(y, (1, seq, width)))
                 value = bb.emit(relax.op.add(value, y))
             value = bb.emit_output(value)
         bb.emit_func_output(value)
+    results = relax.Var("results", relax.TensorType((size("rows"), _VOCABULARY), "float32"))
+    order = relax.Var("order", relax.TensorType((_VOCABULARY,), "int32"))
+    with bb.function("move", [results, order]):
+        with bb.dataflow():
+            found = bb.emit_output(relax.op.take(results, order, axis=1, mode="clip"))
+        bb.emit_func_output(found)
     return bb.finalize()

@@ -231,6 +231,26 @@ def kernel_calls(model: ir.Model) -> int:
     return count
 
 
+def main_columns(model: ir.Model) -> int:
+    """The columns that most parameters of a canonical model's products have."""
+    count: Counter[int] = Counter()
+    for group in products(model):
+        for unit in group:
+            count[unit.columns] += unit.parameters
+    return count.most_common(1)[0][0]
+
+
+def wide_results(model: ir.Model, least: int) -> int:
+    """How many numbers operators move in results that have at least so many in a row."""
+    return sum(
+        width
+        for node in model.graph
+        for value in node.outputs
+        if node.op_type not in ("MatMul", "Linear") and value.shape is not None
+        if len(value.shape) and isinstance(width := value.shape[-1], int) and width >= least
+    )
+
+
 def load(module: Any, target: Target) -> Any:
     """A Relax module, compiled and loaded on this machine."""
     with tempfile.TemporaryDirectory(prefix="mxcompile-") as folder:

@@ -12,9 +12,8 @@ from mxcompile.survey import Survey, survey
 
 UNITS = [Unit("narrow", 64, 256), Unit("wide", 64, 256)]
 NAMES = sorted({fmt.name for fmt in FORMATS.values()})
-SURVEY = Survey(
-    {(n, a): 1e-9 if a == "int8" else 3e-9 for n in NAMES for a in ("int8", "int16")}, 0
-)
+RATES = {(n, a): 1e-9 if a == "int8" else 3e-9 for n in NAMES for a in ("int8", "int16")}
+SURVEY = Survey(RATES, call_seconds=0, element_seconds=0)
 
 
 def seconds(records: Records, unit: Unit, fmt: str = "int4") -> float:
@@ -48,7 +47,7 @@ def test_records_come_first_and_wide_activations_still_cost_more() -> None:
 
 def test_a_survey_times_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "STREAM_BYTES", 2 << 20)
-    found = survey(target.find("x86"), 1)
+    found = survey(target.find("x86"), 1, 160)
     layouts = {FORMATS[name].layout for name, _ in found.rates}
     assert layouts == {fmt.layout for fmt in FORMATS.values()}
     assert {fmt for _, fmt in found.rates} == set(ACTIVATION_FORMATS)
