@@ -3,8 +3,8 @@
 One case at a time: a format, a weight's shape, a number of activation rows. The search goes from
 the defaults along one knob after another, keeps what is faster, and stops when no knob helps: the
 knobs are few and hardly interact. A trial is a program of calls that stream copies of a weight from
-memory, as decoding does, built by TVM and timed by TVM's evaluator through an RPC session: a
-local one on this machine, those of devices in ``remote``.
+memory, as decoding does, built by TVM and timed by TVM's evaluator through an RPC session: a local
+one on this machine, those of devices in ``remote``.
 """
 
 import logging
