@@ -273,8 +273,8 @@ class _Event:
 class Fleet:
     """All devices that a tracker lists under a key, searching cases side by side.
 
-    A case is searched on one device, so that like is compared with like. A device that
-    is lost costs the trial: its case goes to another, and it is asked for again meanwhile.
+    A case is searched on one device, so that like is compared with like. A device that is lost
+    costs the trial: its case goes to another, and it is asked for again meanwhile.
     """
 
     def __init__(self, tracker: Tracker, where: Target, log: Path, progress: Progress) -> None:
@@ -293,7 +293,7 @@ class Fleet:
             limits: When to stop.
 
         Raises:
-            DeviceError: no device is left, or all that tried a case were lost.
+            DeviceError: no device is left.
         """
         devices: list[Device | None] = [first, *[None] * (self._tracker.devices() - 1)]
         workers = [_Worker() for _ in devices]
@@ -370,7 +370,7 @@ class Fleet:
                 result = tune_case(case, measurer, known, trials, end, self._keep)
             except Exception as error:
                 result = error
-                if not self._stopping.is_set():
+                if isinstance(error, DeviceError) and not self._stopping.is_set():
                     _leave(device, measurer)
                 device = measurer = None
             self._events.put(_Event(worker, case, result))
@@ -444,17 +444,22 @@ def bench(
         return module, session.get_function("tvm.rpc.server.workpath")(".")
 
     module, place = answer(CONNECT_SECONDS, what, load)
+    append, measure = module["append"], module["bench"]
     names = (artifacts.MANIFEST, *artifact.manifest.files)
     total = sum((folder / name).stat().st_size for name in names)
-    with progress.stage("upload", total) as advance:
-        for name in names:
-            with (folder / name).open("rb") as file:
-                for part in iter(partial(file.read, PART), b""):
-                    send = partial(module["append"], f"{place}/{name}", part)
-                    answer(CONNECT_SECONDS, what, send)
-                    advance(len(part))
-    with progress.stage("bench"):
-        counts, behind = (",".join(map(str, numbers)) for numbers in (threads, depths))
-        run = partial(module["bench"], place, prompt, generate, counts, behind, repetitions)
-        rows: list[dict[str, Any]] = json.loads(answer(BENCH_SECONDS, what, run))
+    try:
+        with progress.stage("upload", total) as advance:
+            for name in names:
+                with (folder / name).open("rb") as file:
+                    for part in iter(partial(file.read, PART), b""):
+                        send = partial(append, f"{place}/{name}", part)
+                        answer(CONNECT_SECONDS, what, send)
+                        advance(len(part))
+        with progress.stage("bench"):
+            counts, behind = (",".join(map(str, numbers)) for numbers in (threads, depths))
+            run = partial(measure, place, prompt, generate, counts, behind, repetitions)
+            rows: list[dict[str, Any]] = json.loads(answer(BENCH_SECONDS, what, run))
+    except DeviceError:
+        _leave(session, module, append, measure)
+        raise
     return rows
