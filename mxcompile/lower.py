@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 import tvm
-from tvm import relax, s_tir
+from tvm import relax, s_tir, tirx
 
 from mxcompile import graph, linker, qdq
 from mxcompile.artifact import TensorSpec
@@ -636,6 +636,38 @@ FUSED: Final[Mapping[tuple[str, str], Callable[[_Builder, ir.Node], Any]]] = {
 """Operators that have kernels of our own; ``relax_ops.OPERATORS`` has the others."""
 
 
+@relax.expr_functor.mutator  # type: ignore[untyped-decorator]
+class _ShapeSharer(relax.PyExprMutator):  # type: ignore[misc]
+    """Binds each shape of symbolic dims once; the virtual machine makes one for every mention."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self._shared: dict[Any, Expr] = {}
+
+    def visit_call_(self, call: Any) -> Any:
+        args = [self._shape(arg) if isinstance(arg, relax.ShapeExpr) else arg for arg in call.args]
+        return super().visit_call_(
+            relax.Call(call.op, args, call.attrs, call.ty_args, call.span, ret_ty=call.ty)
+        )
+
+    def _shape(self, shape: Any) -> Expr:
+        if all(isinstance(dim, tirx.IntImm) for dim in shape.values):
+            return shape
+        key = tuple(map(str, shape.values))
+        if key not in self._shared:
+            self._shared[key] = self.builder_.emit(shape)
+        return self._shared[key]
+
+
+@tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
+def share_shapes(module: Any, _context: Any) -> Any:
+    """Make every shape once a call."""
+    for var, function in module.functions_items():
+        if isinstance(function, relax.Function):
+            module[var] = _ShapeSharer(module).visit_expr(function)
+    return module
+
+
 def phases(target: Target) -> dict[str, list[Any]]:
     """TVM's passes in the order in which they run, by phase."""
     transform = relax.transform
@@ -658,6 +690,7 @@ def phases(target: Target) -> dict[str, list[Any]]:
             transform.CallTIRRewrite(),
             transform.StaticPlanBlockMemory(),
             transform.LowerAllocTensor(),
+            share_shapes,
             transform.KillAfterLastUse(),
             transform.LowerRuntimeBuiltin(),
             transform.ComputePrimValue(),
