@@ -636,7 +636,7 @@ FUSED: Final[Mapping[tuple[str, str], Callable[[_Builder, ir.Node], Any]]] = {
 """Operators that have kernels of our own; ``relax_ops.OPERATORS`` has the others."""
 
 
-@relax.expr_functor.mutator  # type: ignore[untyped-decorator]
+@relax.expr_functor.mutator
 class _ShapeSharer(relax.PyExprMutator):  # type: ignore[misc]
     """Binds each shape of symbolic dims once; the virtual machine makes one for every mention."""
 

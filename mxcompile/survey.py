@@ -76,7 +76,7 @@ def survey(target: Target, threads: int, width: int) -> Survey:
     for name in layouts:
         size = tile_bytes(width, FORMATS[name])
         tiles = tune.STREAM_BYTES // size
-        table = tvm.runtime.tensor(_table(name, tiles, width))
+        table = tvm.runtime.tensor(packing.tile_table([FORMATS[name]] * tiles, width))
         for fmt in ACTIVATION_FORMATS.values():
             codes = tvm.runtime.tensor(np.ones((1, activation_bytes(width, fmt)), np.int8))
             taken = _seconds(vm, f"read_{fmt}", codes, data, table)
@@ -84,7 +84,7 @@ def survey(target: Target, threads: int, width: int) -> Survey:
     weights = [tvm.runtime.tensor(np.ones(link_bytes, np.uint8)) for _ in range(links)]
     row = tvm.runtime.tensor(np.ones((1, 1, width), np.float32))
     gain = tvm.runtime.tensor(np.ones(width, np.float32))
-    table = tvm.runtime.tensor(_table(CHAIN, -(-width // ROW_TILE), width))
+    table = tvm.runtime.tensor(packing.tile_table([FORMATS[CHAIN]] * -(-width // ROW_TILE), width))
     taken = _seconds(vm, "chain", row, gain, table, *weights)
     streamed = rates[CHAIN, str(INT8)] * links * link_bytes
     order = np.random.default_rng(0).permutation(_VOCABULARY).astype(np.int32)
@@ -97,13 +97,6 @@ def _seconds(vm: Any, function: str, *arguments: Any) -> float:
     """The least of some runs: whatever else the machine does only adds to it."""
     evaluator = vm.time_evaluator(function, tvm.cpu(), number=1, repeat=REPEATS)
     return float(min(evaluator(*arguments).results))
-
-
-def _table(name: str, tiles: int, width: int) -> np.ndarray:
-    """The tile table of a weight that has one format."""
-    starts = np.arange(tiles) * (tile_bytes(width, FORMATS[name]) // packing.VECTOR)
-    layouts = np.full_like(starts, FORMATS[name].layout)
-    return np.stack([layouts, starts, np.zeros_like(starts)], axis=1).astype(np.int32)
 
 
 def _module(target: Target, layouts: list[str], width: int, links: int) -> Any:

@@ -168,9 +168,7 @@ def inputs(case: Case, copies: int) -> Iterator[np.ndarray]:
     """What ``program`` takes; what numbers they hold changes no time."""
     fmt, size = FORMATS[case.format], weight_bytes(case)
     yield np.ones((case.batch, activation_bytes(case.columns, INT8)), np.int8)
-    starts = np.arange(_tiles(case)) * (size // _tiles(case) // packing.VECTOR)
-    layouts = np.full_like(starts, fmt.layout)
-    yield np.stack([layouts, starts, np.zeros_like(starts)], axis=1).astype(np.int32)
+    yield packing.tile_table([fmt] * _tiles(case), case.columns)
     for _ in range(copies):
         yield np.ones(size, np.uint8)
 

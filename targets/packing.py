@@ -89,7 +89,7 @@ def pack(
         raise ValueError(f"codes {codes.shape} need scales and zeros {shape}, row scales ({rows},)")
     if len(formats.formats) != -(-rows // ROW_TILE):
         raise ValueError(f"{rows} rows do not make {len(formats.formats)} tiles")
-    table = _table(formats.formats, columns)
+    table = tile_table(formats.formats, columns)
     blocks = sum(tile_bytes(columns, fmt) for fmt in formats.formats) // VECTOR
     codebooks = [fmt for fmt in dict.fromkeys(formats.formats) if fmt.codebook]
     data = np.empty((blocks + len(codebooks), VECTOR), np.uint8)
@@ -153,7 +153,8 @@ def concat(parts: Sequence[Packed]) -> Packed:
     return Packed(np.concatenate([p.data for p in parts]), np.concatenate(tables))
 
 
-def _table(formats: Sequence[Format], columns: int) -> NDArray[np.int32]:
+def tile_table(formats: Sequence[Format], columns: int) -> NDArray[np.int32]:
+    """The table of tiles that follow each other, ``(layout, offset, 0)`` in every row."""
     sizes = np.array([tile_bytes(columns, fmt) // VECTOR for fmt in formats], np.int64)
     offsets = np.cumsum(sizes) - sizes
     layouts = np.array([fmt.layout for fmt in formats])
