@@ -90,6 +90,7 @@ class _Builder:
     packed: dict[tuple[str, ...], str] = field(default_factory=dict)
     formats: set[str] = field(default_factory=set)
     views: dict[ir.Value, _View] = field(default_factory=dict)
+    rounded: dict[ir.Value | None, tuple[Expr, Dims, int]] = field(default_factory=dict)
     made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     choice: Choice = field(default_factory=Choice)
 
@@ -99,12 +100,14 @@ class _Builder:
         return self.kernels.matmul.only(tuple(f for f in FORMATS if f in self.formats))
 
     def kernel(self, template: Callable[..., Any], *knobs: Any) -> Any:
-        """The function that a kernel template makes of its knobs; made once."""
+        """What a kernel template makes of its knobs: a function, made once, or None."""
         method: Any = template  # of a frozen dataclass: what is equal makes the same function
         key = (method.__func__, method.__self__, knobs)
         if key not in self.made:
-            function = rooted(template(*knobs))
-            self.made[key] = self.scope.bb.add_func(function, template.__name__)
+            function = template(*knobs)
+            self.made[key] = function and self.scope.bb.add_func(
+                rooted(function), template.__name__
+            )
         return self.made[key]
 
     def call(self, kernel: Any, args: Sequence[Expr], shape: Dims, dtype: str = "float32") -> Expr:
@@ -337,18 +340,34 @@ def _product(
     size = cpu_matmul.activation_bytes(int(columns), activation)
     quantize = builder.kernel(builder.matmul.quantize_activation, activation)
     codes = builder.call(quantize, [x], (count, size), "int8")
-    matmul = builder.choice.tuned(builder.matmul, rows, int(columns))
+    return _multiply(builder, codes, int(columns), weight, rows, activation)
+
+
+def _multiply(
+    builder: _Builder,
+    codes: Expr,
+    columns: int,
+    weight: list[Expr],
+    rows: int,
+    activation: ActivationFormat,
+) -> Expr:
+    """The product of a matrix of ``columns`` that is rounded already."""
+    matmul = builder.choice.tuned(builder.matmul, rows, columns)
     multiply = builder.kernel(matmul.matmul_quantized, activation)
-    return builder.call(multiply, [codes, *weight], (count, rows))
+    return builder.call(multiply, [codes, *weight], (shape_of(codes)[0], rows))
 
 
 def _mixed_linear(builder: _Builder, node: ir.Node) -> list[Any]:
     body = body_of(builder.model, node)
     names, sizes = _names_and_rows(builder.model, node)
-    matrix, lead, _ = _rows(builder, builder.tensor(node.inputs[0]))
-    product = _product(
-        builder, matrix, _weight(builder, names), sum(sizes), activation_format(body)
-    )
+    x, weight, activation = node.inputs[0], _weight(builder, names), activation_format(body)
+    if x in builder.rounded:
+        assert activation is not None
+        codes, lead, columns = builder.rounded[x]
+        product = _multiply(builder, codes, columns, weight, sum(sizes), activation)
+    else:
+        matrix, lead, _ = _rows(builder, builder.tensor(x))
+        product = _product(builder, matrix, weight, sum(sizes), activation)
     wide = builder.scope.emit(relax.op.reshape(product, (*lead, sum(sizes))))
     if len(sizes) == 1:
         return [wide]
@@ -493,7 +512,7 @@ def _plain_reshape(builder: _Builder, node: ir.Node) -> Expr:
     return OPERATORS["Reshape"](builder.scope, node)
 
 
-def _norm(builder: _Builder, node: ir.Node) -> Expr:
+def _norm(builder: _Builder, node: ir.Node) -> Any:
     """RMSNormalization or LayerNormalization over the last axis; heads of a view in place."""
     x = node.inputs[0]
     eps = float(node.attributes.get_float("epsilon", 1e-5) or 1e-5)
@@ -511,6 +530,8 @@ def _norm(builder: _Builder, node: ir.Node) -> Expr:
     out = (*shape_of(wide)[:-1], parts * size)
     scale = builder.constant(node.inputs[1])
     if node.op_type == "RMSNormalization":
+        if view is None and _norm_and_round(builder, node, wide, scale, eps):
+            return ()
         y = builder.call(
             builder.kernel(builder.kernels.norm.rms_norm, runs, eps), [wide, scale], out
         )
@@ -520,6 +541,30 @@ def _norm(builder: _Builder, node: ir.Node) -> Expr:
         kernel = builder.kernel(builder.kernels.norm.layer_norm, runs, eps)
         y = builder.call(kernel, [wide, scale, bias], out)
     return builder.scope.emit(relax.op.reshape(y, shape)) if view is not None else y
+
+
+def _norm_and_round(builder: _Builder, node: ir.Node, x: Expr, scale: Expr, eps: float) -> bool:
+    """Round what a norm gives while it is in registers, if products alone read it."""
+    (value,) = node.outputs
+    readers = value.consumers()
+    formats = {
+        activation_format(body_of(builder.model, reader))
+        if (reader.domain, reader.op_type) == (graph.DOMAIN, "MixedLinear")
+        else None
+        for reader in readers
+    }
+    fmt = formats.pop() if len(formats) == 1 and not value.is_graph_output() else None
+    *lead, columns = shape_of(x)
+    if fmt is None or len(lead) != 2:
+        return False
+    kernel = builder.kernel(builder.matmul.normalize_activation, eps, fmt)
+    if kernel is None:
+        return False
+    count = resolve_reshape(builder.scope, tuple(shape_of(x)), (-1, columns))[0]
+    size = cpu_matmul.activation_bytes(int(columns), fmt)
+    codes = builder.call(kernel, [x, scale], (count, size), "int8")
+    builder.rounded[value] = codes, tuple(lead), int(columns)
+    return True
 
 
 def _last_axis_only(node: ir.Node, rank: int) -> bool:

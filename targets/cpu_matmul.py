@@ -6,6 +6,7 @@ of groups, ``ceil(K / 32)``; ``W`` and ``table`` are the ``data`` and ``table`` 
 tile may be left out. ``W`` starts at a multiple of 64 bytes and its tiles lie in order::
 
     quantize_activation(X: f32 [M, K], Q: out i8 [M, D * 40 * G])
+    normalize_activation(X: f32 [B, S, K], weight: f32 [K], Q: out i8 [B * S, D * 40 * G])
     matmul_quantized(Q: i8 [M, D * 40 * G], W: u8 [bytes], table: i32 [tiles, 3],
                      Y: out f32 [M, N])
     matmul_f32(X: f32 [M, K], W: u8 [bytes], table: i32 [tiles, 3], Y: out f32 [M, N])
@@ -40,11 +41,13 @@ from tvm.tirx.script.builder import ir as T
 from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, ActivationFormat, Format, groups
 from mxcompile.plan import ROW_TILE
 from mxcompile.targets.cpu_norm import (
+    Simd,
     build,
     hold,
     load,
     param,
     registers,
+    rms_factor,
     scratch,
     spread,
     store,
@@ -138,26 +141,59 @@ class MatmulKernel:
         def emit() -> None:
             m, k, q = map(symbol, "mkq")
             x, codes = param("X", (m, k)), param("Q", (m, q), "int8")
-            flip = T.int8(0)
-            if self.instructions == "avx512vnni":
-                flip = hold(T.Select(m > 1, T.int8(-128), T.int8(0)))
-
-            def quantize(row: Expr) -> None:
-                with T.serial(0, k // GROUP) as g:
-                    halves = [load(x, row, g * GROUP + i, lanes=ROW_TILE) for i in (0, ROW_TILE)]
-                    _quantize_group(halves, fmt, flip, codes, row, g * RECORD)
-                with _when(k % GROUP != 0):
-                    tail = registers(2, ROW_TILE)
-                    start = hold(k // GROUP * GROUP)
-                    for i in (0, 1):
-                        with T.serial(0, T.min(k - start - i * ROW_TILE, ROW_TILE)) as j:
-                            store(tail[i], load(x, row, start + i * ROW_TILE + j, lanes=1), j)
-                    halves = [load(half, 0, lanes=ROW_TILE) for half in tail]
-                    _quantize_group(halves, fmt, flip, codes, row, k // GROUP * RECORD)
-
-            spread(m, m * (k // GROUP) < self.serial_groups, quantize)
+            spread(
+                m,
+                m * (k // GROUP) < self.serial_groups,
+                self._rounding(codes, k, fmt, lambda row: _reader(x, row)),
+            )
 
         return build(emit)
+
+    def normalize_activation(self, eps: float, fmt: ActivationFormat) -> PrimFunc:
+        """Rounds ``X / sqrt(mean(X^2) + eps) * weight`` as ``quantize_activation`` does.
+
+        What the norm gives is not written to memory.
+        """
+
+        def emit() -> None:
+            b, s, k, m, q = map(symbol, "bskmq")
+            x, weight = param("X", (b, s, k)), param("weight", (k,))
+            codes = param("Q", (m, q), "int8")
+
+            def normalized(row: Expr) -> _Columns:
+                read = _reader(x, row // s, row % s)
+                scale = _reader(weight)
+                factor = rms_factor(read, k, eps, Simd(ROW_TILE))
+                return lambda column, lanes: read(column, lanes) * factor * scale(column, lanes)
+
+            rounding = self._rounding(codes, k, fmt, normalized)
+            spread(b * s, b * s * (k // GROUP) < self.serial_groups, rounding)
+
+        return build(emit)
+
+    def _rounding(
+        self, codes: Any, k: Expr, fmt: ActivationFormat, source: Callable[[Expr], "_Columns"]
+    ) -> Callable[[Expr], None]:
+        """What rounds row after row of what ``source`` gives to ``codes``."""
+        flip = T.int8(0)
+        if self.instructions == "avx512vnni":
+            flip = hold(T.Select(codes.shape[0] > 1, T.int8(-128), T.int8(0)))
+
+        def quantize(row: Expr) -> None:
+            x = source(row)
+            with T.serial(0, k // GROUP) as g:
+                halves = [x(g * GROUP + i, ROW_TILE) for i in (0, ROW_TILE)]
+                _quantize_group(halves, fmt, flip, codes, row, g * RECORD)
+            with _when(k % GROUP != 0):
+                tail = registers(2, ROW_TILE)
+                start = hold(k // GROUP * GROUP)
+                for i in (0, 1):
+                    with T.serial(0, T.min(k - start - i * ROW_TILE, ROW_TILE)) as j:
+                        store(tail[i], x(start + i * ROW_TILE + j, 1), j)
+                halves = [load(half, 0, lanes=ROW_TILE) for half in tail]
+                _quantize_group(halves, fmt, flip, codes, row, k // GROUP * RECORD)
+
+        return quantize
 
     def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
         """Y = Q @ W.T with exact integer sums inside a group, for each digit."""
@@ -583,6 +619,14 @@ def _quantize_group(
 
 def _reduce(operation: str, vector: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.{operation}", vector)
+
+
+_Columns = Callable[[int | Expr, int], Expr]
+"""Reads some columns of a row, from one on."""
+
+
+def _reader(buffer: Any, *row: Expr) -> _Columns:
+    return lambda column, lanes: load(buffer, *row, column, lanes=lanes)
 
 
 _Sizes = Callable[[Format], Sequence[int]]

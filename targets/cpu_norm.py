@@ -334,12 +334,19 @@ def rms_norm(runs: Runs, eps: float, simd: Simd) -> tirx.PrimFunc:
     """Make ``(x, weight, y)``: ``y = x / sqrt(mean(x^2) + eps) * weight``."""
 
     def emit(run: _Run) -> None:
-        total = accumulate(run.size, simd, lambda c, n: square(run.x(c, n)))
-        factor = _deviation(total, run.size, eps)
+        factor = rms_factor(run.x, run.size, eps, simd)
         (weight,) = run.weights
         sweep(run.size, simd, lambda c, n, _: run.put(c, run.x(c, n) * factor * weight(c, n)))
 
     return _by_run(runs, ["weight"], emit)
+
+
+def rms_factor(
+    x: Callable[[int | Expr, int], Expr], size: int | Expr, eps: float, simd: Simd
+) -> Expr:
+    """``1 / sqrt(mean(x^2) + eps)`` of the columns that ``x`` reads."""
+    total = accumulate(size, simd, lambda c, n: square(x(c, n)))
+    return _deviation(total, size, eps)
 
 
 def layer_norm(runs: Runs, eps: float, simd: Simd) -> tirx.PrimFunc:

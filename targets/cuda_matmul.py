@@ -116,6 +116,9 @@ class CudaMatmul:
 
         return build(emit)
 
+    def normalize_activation(self, eps: float, fmt: ActivationFormat) -> None:
+        """A norm and rounding are two kernels."""
+
     def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
         """Y = Q @ W.T with exact integer sums inside a group, for each digit."""
 

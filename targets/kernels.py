@@ -40,6 +40,9 @@ class MatmulTemplates(Protocol):
     def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
         """Make ``(X, Q)``."""
 
+    def normalize_activation(self, eps: float, fmt: ActivationFormat) -> PrimFunc | None:
+        """Make ``(X, weight, Q)``; None where a norm and rounding are two kernels."""
+
     def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
         """Make ``(Q, W, table, Y)``."""
 

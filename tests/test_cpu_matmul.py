@@ -30,6 +30,7 @@ from mxcompile.targets.cpu_matmul import (
 from tests import arm
 
 UNIT = 2.0**-24
+EPSILON = 1e-6
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 REQUIRES = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "avx2": "avx2", "generic": None}
@@ -59,6 +60,7 @@ def build(instructions: Instructions) -> Library:
     made = {"matmul_f32": kernel.matmul_f32(), "gather_rows": kernel.gather_rows()}
     for fmt in ACTIVATION_FORMATS.values():
         made[f"quantize_{fmt}"] = kernel.quantize_activation(fmt)
+        made[f"normalize_{fmt}"] = kernel.normalize_activation(EPSILON, fmt)
         made[f"matmul_{fmt}"] = kernel.matmul_quantized(fmt)
     functions = {name: made[name].with_attr("global_symbol", name) for name in made}
     if instructions in arm.CPUS:
@@ -303,6 +305,31 @@ def test_quantize(library: Library, m: int, columns: int) -> None:
     exact = by_group / scales.astype(float)[..., None]
     assert np.abs(codes - exact).max() <= 0.5 + 4 * 127 * UNIT
     assert np.abs(codes).max() == 127
+
+
+@pytest.mark.parametrize("columns", [1, 17, 70, 640])
+@pytest.mark.parametrize("lead", [(1, 1), (1, 5), (3, 40)])
+@pytest.mark.parametrize("fmt", ACTIVATION_FORMATS.values(), ids=str)
+def test_a_norm_is_rounded(
+    library: Library, fmt: ActivationFormat, lead: tuple[int, int], columns: int
+) -> None:
+    m = lead[0] * lead[1]
+    x, weight = activations(m, columns), activations(1, columns)[0]
+    shape = (m, activation_bytes(columns, fmt))
+    args = x.reshape(*lead, columns), weight
+    q = np.asarray(library(f"normalize_{fmt}", *args, shape=shape, dtype="i1"))
+    codes, scales, sums = parts(library, q, fmt.digits)
+    np.testing.assert_array_equal(sums, codes.sum(2, dtype=np.int32))
+    exact = x / np.sqrt(np.square(x.astype(float)).mean(1, keepdims=True) + EPSILON) * weight
+    by_digit = (codes * scales.astype(float)[..., None]).reshape(m, fmt.digits, -1)
+    seen, padding = np.split(by_digit.sum(1), [columns], axis=1)
+    assert not padding.any()
+    # Half a step, what float32 does to a sum of squares, and to the quotient that is rounded.
+    padded = np.zeros((m, groups(columns) * GROUP))
+    padded[:, :columns] = np.abs(exact)
+    top = np.repeat(padded.reshape(m, -1, GROUP).max(2), GROUP, 1)[:, :columns]
+    bound = top / fmt.top * (0.5 + 4 * fmt.top * UNIT) + (columns + 8) * UNIT * np.abs(exact)
+    assert (np.abs(seen - exact) <= bound * (1 + 1e-6)).all()
 
 
 def test_quantize_rounds_half_to_even(library: Library) -> None:
