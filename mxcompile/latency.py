@@ -19,10 +19,24 @@ from numpy.typing import NDArray
 from mxcompile.formats import FORMATS, ActivationFormat, Format
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
 from mxcompile.records import Case, Records, representative
-from mxcompile.survey import Survey
 from mxcompile.target import Target
 
 NANO: Final = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Times of kernels with their default knobs.
+
+    Attributes:
+        rates: Seconds a byte of a weight, by a layout's format and the activations' format.
+        call_seconds: What a kernel of a step costs besides.
+        element_seconds: What moving a number of a wide result takes.
+    """
+
+    rates: Mapping[tuple[str, str], float]
+    call_seconds: float
+    element_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

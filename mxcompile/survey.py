@@ -7,8 +7,6 @@ price of its calls, with caches as cold as in a model. Results as wide as a voca
 price of their own: to put them in another order.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +15,7 @@ from tvm import relax
 
 from mxcompile import lower, runtime, tune
 from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, ActivationFormat
+from mxcompile.latency import Survey
 from mxcompile.plan import ROW_TILE, tile_bytes
 from mxcompile.records import representative
 from mxcompile.target import Target
@@ -37,21 +36,6 @@ WIDE: Final = 1 << 14
 _VOCABULARY: Final = 1 << 18
 
 INT8: Final = ACTIVATION_FORMATS["int8"]
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """Times of kernels with their default knobs.
-
-    Attributes:
-        rates: Seconds a byte of a weight, by a layout's format and the activations' format.
-        call_seconds: What a kernel of a step costs besides.
-        element_seconds: What moving a number of a wide result takes.
-    """
-
-    rates: Mapping[tuple[str, str], float]
-    call_seconds: float
-    element_seconds: float
 
 
 def survey(target: Target, threads: int, width: int) -> Survey:

@@ -5,10 +5,10 @@ import pytest
 
 from mxcompile import target, tune
 from mxcompile.formats import ACTIVATION_FORMATS, FORMATS
-from mxcompile.latency import predict
+from mxcompile.latency import Survey, predict
 from mxcompile.plan import Unit
 from mxcompile.records import Case, Record, Records
-from mxcompile.survey import Survey, survey
+from mxcompile.survey import survey
 
 UNITS = [Unit("narrow", 64, 256), Unit("wide", 64, 256)]
 NAMES = sorted({fmt.name for fmt in FORMATS.values()})
