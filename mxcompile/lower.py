@@ -20,6 +20,7 @@ from mxcompile.artifact import TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
 from mxcompile.formats import CACHE_FORMATS, FORMATS, ActivationFormat
 from mxcompile.knobs import Choice
+from mxcompile.passes.fuse_residual import RESIDUAL_NORM, rounded_format
 from mxcompile.passes.kv_cache import NO_WINDOW
 from mxcompile.passes.quantize_activations import activation_format
 from mxcompile.pipeline import Context
@@ -546,25 +547,47 @@ def _norm(builder: _Builder, node: ir.Node) -> Any:
 def _norm_and_round(builder: _Builder, node: ir.Node, x: Expr, scale: Expr, eps: float) -> bool:
     """Round what a norm gives while it is in registers, if products alone read it."""
     (value,) = node.outputs
-    readers = value.consumers()
-    formats = {
-        activation_format(body_of(builder.model, reader))
-        if (reader.domain, reader.op_type) == (graph.DOMAIN, "MixedLinear")
-        else None
-        for reader in readers
-    }
-    fmt = formats.pop() if len(formats) == 1 and not value.is_graph_output() else None
-    *lead, columns = shape_of(x)
-    if fmt is None or len(lead) != 2:
+    fmt, shape = rounded_format(builder.model, value), shape_of(x)
+    if fmt is None or len(shape) != 3:
         return False
     kernel = builder.kernel(builder.matmul.normalize_activation, eps, fmt)
     if kernel is None:
         return False
-    count = resolve_reshape(builder.scope, tuple(shape_of(x)), (-1, columns))[0]
-    size = cpu_matmul.activation_bytes(int(columns), fmt)
-    codes = builder.call(kernel, [x, scale], (count, size), "int8")
-    builder.rounded[value] = codes, tuple(lead), int(columns)
+    codes = builder.scope.emit(relax.call_tir(kernel, [x, scale], _rounded(builder, shape, fmt)))
+    builder.rounded[value] = codes, tuple(shape[:-1]), int(shape[-1])
     return True
+
+
+def _rounded(builder: _Builder, shape: Dims, fmt: ActivationFormat) -> Any:
+    """The type of a value's rounded rows."""
+    count = resolve_reshape(builder.scope, tuple(shape), (-1, shape[-1]))[0]
+    return relax.TensorType((count, cpu_matmul.activation_bytes(int(shape[-1]), fmt)), "int8")
+
+
+def _residual_norm(builder: _Builder, node: ir.Node) -> list[Any]:
+    """A sum, and its norm for products; what is added may be normalized first."""
+    attributes = node.attributes
+    eps, inner_eps = float(attributes["epsilon"].as_float()), None
+    if "inner_epsilon" in attributes:
+        inner_eps = float(attributes["inner_epsilon"].as_float())
+    rest, added = (builder.tensor(x) for x in node.inputs[:2])
+    scales = [builder.constant(x) for x in node.inputs[2:]]
+    total, value = node.outputs
+    fmt, shape = rounded_format(builder.model, value), shape_of(rest)
+    assert fmt is not None
+    kernel = builder.kernel(builder.matmul.residual_activation, eps, fmt, inner_eps)
+    if kernel is None:
+        norm, runs = builder.kernels.norm.rms_norm, cpu_norm.Runs(int(shape[-1]))
+        if inner_eps is not None:
+            added = builder.call(builder.kernel(norm, runs, inner_eps), [added, scales[1]], shape)
+        h = builder.scope.emit(relax.op.add(rest, added))
+        return [h, builder.call(builder.kernel(norm, runs, eps), [h, scales[0]], shape)]
+    both = [relax.TensorType(shape, "float32"), _rounded(builder, shape, fmt)]
+    pair = builder.scope.emit(relax.call_tir(kernel, [rest, added, *scales], both))
+    h, codes = (builder.scope.emit(relax.TupleGetItem(pair, i)) for i in (0, 1))
+    builder.rounded[value] = codes, tuple(shape[:-1]), int(shape[-1])
+    builder.scope.tensors[total] = h
+    return []
 
 
 def _last_axis_only(node: ir.Node, rank: int) -> bool:
@@ -670,6 +693,7 @@ FUSED: Final[Mapping[tuple[str, str], Callable[[_Builder, ir.Node], Any]]] = {
     (graph.DOMAIN, "MixedGather"): _mixed_gather,
     (graph.DOMAIN, "MixedConv"): _mixed_conv,
     (graph.DOMAIN, "Linear"): _linear,
+    (graph.DOMAIN, RESIDUAL_NORM): _residual_norm,
     (graph.DOMAIN, "CachedAttention"): _cached_attention,
     ("", "Attention"): _attention,
     ("", "LayerNormalization"): _norm,

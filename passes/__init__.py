@@ -13,6 +13,7 @@ REGISTRY: Final = {
     "kv-cache": "mxcompile.passes.kv_cache:KvCache",
     "sort-vocabulary": "mxcompile.passes.sort_vocabulary:SortVocabulary",
     "select-logits": "mxcompile.passes.select_logits:SelectLogits",
+    "fuse-residual": "mxcompile.passes.fuse_residual:FuseResidual",
 }
 
 FRONT: Final = "canonicalize,flatten-attention"
@@ -24,5 +25,5 @@ SORT: Final = "sort-vocabulary"
 QUANTIZE: Final = "annotate,quantize-weights,quantize-activations,quantize-caches"
 """The plan becomes standard Quantize/DequantizeLinear nodes; the result is what is emitted."""
 
-FUSE: Final = "fuse-qdq,kv-cache,select-logits"
+FUSE: Final = "fuse-qdq,kv-cache,select-logits,fuse-residual"
 """What the lowering takes: fused mixed-bit operators, caches updated in place."""

@@ -7,6 +7,8 @@ tile may be left out. ``W`` starts at a multiple of 64 bytes and its tiles lie i
 
     quantize_activation(X: f32 [M, K], Q: out i8 [M, D * 40 * G])
     normalize_activation(X: f32 [B, S, K], weight: f32 [K], Q: out i8 [B * S, D * 40 * G])
+    residual_activation(R: f32 [B, S, K], Y: f32 [B, S, K], weight: f32 [K], [inner: f32 [K],]
+                        H: out f32 [B, S, K], Q: out i8 [B * S, D * 40 * G])
     matmul_quantized(Q: i8 [M, D * 40 * G], W: u8 [bytes], table: i32 [tiles, 3],
                      Y: out f32 [M, N])
     matmul_f32(X: f32 [M, K], W: u8 [bytes], table: i32 [tiles, 3], Y: out f32 [M, N])
@@ -162,9 +164,42 @@ class MatmulKernel:
 
             def normalized(row: Expr) -> _Columns:
                 read = _reader(x, row // s, row % s)
-                scale = _reader(weight)
-                factor = rms_factor(read, k, eps, Simd(ROW_TILE))
-                return lambda column, lanes: read(column, lanes) * factor * scale(column, lanes)
+                return _scaled(read, rms_factor(read, k, eps, Simd(ROW_TILE)), weight)
+
+            rounding = self._rounding(codes, k, fmt, normalized)
+            spread(b * s, b * s * (k // GROUP) < self.serial_groups, rounding)
+
+        return build(emit)
+
+    def residual_activation(
+        self, eps: float, fmt: ActivationFormat, inner_eps: float | None
+    ) -> PrimFunc:
+        """``H = R + Y``, whose norm is rounded; ``Y`` is normalized first where it has an eps."""
+
+        def emit() -> None:
+            b, s, k, m, q = map(symbol, "bskmq")
+            rest, added, weight = (
+                param("R", (b, s, k)),
+                param("Y", (b, s, k)),
+                param("weight", (k,)),
+            )
+            inner = None if inner_eps is None else param("inner", (k,))
+            total, codes = param("H", (b, s, k)), param("Q", (m, q), "int8")
+            simd = Simd(ROW_TILE)
+
+            def normalized(row: Expr) -> _Columns:
+                at = row // s, row % s
+                term = _reader(added, *at)
+                if inner is not None and inner_eps is not None:
+                    term = _scaled(term, rms_factor(term, k, inner_eps, simd), inner)
+                read = _reader(rest, *at)
+
+                def add(column: int | Expr, lanes: int) -> Expr:
+                    value = hold(read(column, lanes) + term(column, lanes))
+                    store(total, value, *at, column)
+                    return value
+
+                return _scaled(_reader(total, *at), rms_factor(add, k, eps, simd), weight)
 
             rounding = self._rounding(codes, k, fmt, normalized)
             spread(b * s, b * s * (k // GROUP) < self.serial_groups, rounding)
@@ -627,6 +662,11 @@ _Columns = Callable[[int | Expr, int], Expr]
 
 def _reader(buffer: Any, *row: Expr) -> _Columns:
     return lambda column, lanes: load(buffer, *row, column, lanes=lanes)
+
+
+def _scaled(x: _Columns, factor: Expr, weight: Any) -> _Columns:
+    """``x * factor * weight``."""
+    return lambda column, lanes: x(column, lanes) * factor * load(weight, column, lanes=lanes)
 
 
 _Sizes = Callable[[Format], Sequence[int]]

@@ -119,6 +119,11 @@ class CudaMatmul:
     def normalize_activation(self, eps: float, fmt: ActivationFormat) -> None:
         """A norm and rounding are two kernels."""
 
+    def residual_activation(
+        self, eps: float, fmt: ActivationFormat, inner_eps: float | None
+    ) -> None:
+        """A sum, norms and rounding are kernels of their own."""
+
     def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
         """Y = Q @ W.T with exact integer sums inside a group, for each digit."""
 

@@ -43,6 +43,11 @@ class MatmulTemplates(Protocol):
     def normalize_activation(self, eps: float, fmt: ActivationFormat) -> PrimFunc | None:
         """Make ``(X, weight, Q)``; None where a norm and rounding are two kernels."""
 
+    def residual_activation(
+        self, eps: float, fmt: ActivationFormat, inner_eps: float | None
+    ) -> PrimFunc | None:
+        """Make ``(R, Y, weight, [inner,] H, Q)``; None where each step is a kernel."""
+
     def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
         """Make ``(Q, W, table, Y)``."""
 

@@ -89,15 +89,16 @@ class Machine:
         """Call a function on what has the names ``arguments``; its result is ``out`` then."""
         self._ask(f"call {out} {library} {function} {' '.join(arguments)}")
 
-    def kernels(self, functions: Mapping[str, Any]) -> Callable[..., Array]:
-        """Compile PrimFuncs; what is given calls one and returns its last argument."""
+    def kernels(self, functions: Mapping[str, Any]) -> Callable[..., Any]:
+        """Compile PrimFuncs; what is given calls one and returns its last arguments."""
         named = {n: f.with_attr("global_symbol", n) for n, f in functions.items()}
         library = self._load("kernels", tvm.tirx.build(tvm.IRModule(named), self._tvm_target()))
 
-        def call(function: str, *arrays: Array) -> Array:
+        def call(function: str, *arrays: Array, outputs: int = 1) -> Any:
             names = [self.put(f"x{i}", array) for i, array in enumerate(arrays)]
             self.call("out", library, function, *names)
-            return self.get(names[-1])
+            found = [self.get(name) for name in names[-outputs:]]
+            return found if outputs > 1 else found[0]
 
         return call
 

@@ -40,7 +40,7 @@ INT8, INT16 = ACTIVATION_FORMATS.values()
 
 @dataclass(frozen=True)
 class Library:
-    """The compiled kernels: ``call`` takes a name and arrays, and gives the last one back.
+    """The compiled kernels: ``call`` takes a name and arrays, and gives the last ``outputs`` back.
 
     ``plus_128`` says that activation codes of several rows are stored so.
     """
@@ -61,6 +61,8 @@ def build(instructions: Instructions) -> Library:
     for fmt in ACTIVATION_FORMATS.values():
         made[f"quantize_{fmt}"] = kernel.quantize_activation(fmt)
         made[f"normalize_{fmt}"] = kernel.normalize_activation(EPSILON, fmt)
+        made[f"residual_{fmt}"] = kernel.residual_activation(EPSILON, fmt, None)
+        made[f"residual_normed_{fmt}"] = kernel.residual_activation(EPSILON, fmt, 2 * EPSILON)
         made[f"matmul_{fmt}"] = kernel.matmul_quantized(fmt)
     functions = {name: made[name].with_attr("global_symbol", name) for name in made}
     if instructions in arm.CPUS:
@@ -68,10 +70,11 @@ def build(instructions: Instructions) -> Library:
     options = {"kind": "llvm"} | ({"mcpu": cpu} if (cpu := CPUS[instructions]) else {})
     module = tvm.tirx.build(tvm.IRModule(functions), target=tvm.target.Target(options))
 
-    def call(name: str, *arrays: Any) -> Any:
+    def call(name: str, *arrays: Any, outputs: int = 1) -> Any:
         tensors = [tvm.runtime.tensor(np.ascontiguousarray(x)) for x in arrays]
         module[name](*tensors)
-        return tensors[-1].numpy()
+        found = [tensor.numpy() for tensor in tensors[-outputs:]]
+        return found if outputs > 1 else found[0]
 
     return Library(call, plus_128=instructions == "avx512vnni")
 
@@ -318,9 +321,17 @@ def test_a_norm_is_rounded(
     shape = (m, activation_bytes(columns, fmt))
     args = x.reshape(*lead, columns), weight
     q = np.asarray(library(f"normalize_{fmt}", *args, shape=shape, dtype="i1"))
+    check_rounded_norm(library, q, fmt, x, weight)
+
+
+def check_rounded_norm(
+    library: Library, q: NDArray[np.int8], fmt: ActivationFormat, x: F32, weight: F32
+) -> None:
+    """Whether ``q`` is the rounded norm of ``x`` [m, columns]."""
+    m, columns = x.shape
     codes, scales, sums = parts(library, q, fmt.digits)
     np.testing.assert_array_equal(sums, codes.sum(2, dtype=np.int32))
-    exact = x / np.sqrt(np.square(x.astype(float)).mean(1, keepdims=True) + EPSILON) * weight
+    exact = normalized(x, EPSILON) * weight
     by_digit = (codes * scales.astype(float)[..., None]).reshape(m, fmt.digits, -1)
     seen, padding = np.split(by_digit.sum(1), [columns], axis=1)
     assert not padding.any()
@@ -330,6 +341,35 @@ def test_a_norm_is_rounded(
     top = np.repeat(padded.reshape(m, -1, GROUP).max(2), GROUP, 1)[:, :columns]
     bound = top / fmt.top * (0.5 + 4 * fmt.top * UNIT) + (columns + 8) * UNIT * np.abs(exact)
     assert (np.abs(seen - exact) <= bound * (1 + 1e-6)).all()
+
+
+def normalized(x: F32, eps: float) -> F64:
+    exact: F64 = x.astype(float)
+    found: F64 = exact / np.sqrt(np.square(exact).mean(1, keepdims=True) + eps)
+    return found
+
+
+@pytest.mark.parametrize("columns", [1, 70, 640])
+@pytest.mark.parametrize("lead", [(1, 1), (3, 40)])
+@pytest.mark.parametrize("fmt", ACTIVATION_FORMATS.values(), ids=str)
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_sum_is_kept_and_its_norm_rounded(
+    library: Library, inner: bool, fmt: ActivationFormat, lead: tuple[int, int], columns: int
+) -> None:
+    m = lead[0] * lead[1]
+    rest, added = activations(m, columns), activations(m + 1, columns)[1:]
+    weight, scale = activations(2, columns)
+    total = np.full((*lead, columns), np.nan, np.float32)
+    weights = (weight, scale) if inner else (weight,)
+    wide = (x.reshape(*lead, columns) for x in (rest, added))
+    name = f"residual_normed_{fmt}" if inner else f"residual_{fmt}"
+    out = np.full((m, activation_bytes(columns, fmt)), 85, np.int8)
+    h, q = library.call(name, *wide, *weights, total, out, outputs=2)
+    term = normalized(added, 2 * EPSILON) * scale if inner else added.astype(float)
+    # The sum rounds once; a norm before that, as it does elsewhere.
+    bound = (columns + 8) * UNIT * (np.abs(term) + np.abs(rest))
+    assert (np.abs(h.reshape(m, columns) - (rest + term)) <= bound).all()
+    check_rounded_norm(library, q, fmt, h.reshape(m, columns), weight)
 
 
 def test_quantize_rounds_half_to_even(library: Library) -> None:

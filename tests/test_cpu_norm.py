@@ -50,7 +50,8 @@ KERNELS: dict[str, tuple[Callable[[Runs, Simd], Any], Callable[..., Array], int]
 def run(kernel: Any, mcpu: str, inputs: list[Array], shape: tuple[int, ...]) -> Array:
     if mcpu in arm.CPUS:
         written = np.full(shape, np.nan, np.float32)
-        return arm.machine(mcpu).kernels({"main": kernel})("main", *inputs, written)
+        found: Array = arm.machine(mcpu).kernels({"main": kernel})("main", *inputs, written)
+        return found
     target = tvm.target.Target({"kind": "llvm", "mcpu": mcpu, "num-cores": 2})
     mod = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
     built = tvm.tirx.build(mod, target=target)["main"]
