@@ -18,7 +18,7 @@ from mxcompile.errors import UsageError
 from mxcompile.evidence import Evidence
 from mxcompile.float_model import Feed, FloatModel
 from mxcompile.interpret import Values
-from mxcompile.plan import PrecisionPlan
+from mxcompile.plan import PrecisionPlan, Rule
 from mxcompile.progress import Progress
 from mxcompile.samples import Samples, token_feeds
 from mxcompile.simulate import SimulatedSource
@@ -42,7 +42,7 @@ def compare(
     """One row a budget and strategy: what its plan costs, and how far it is from the float model.
 
     Args:
-        job: The model and the budgets, each a size and compared on its own.
+        job: The model, rules, and the budgets, each a size and compared on its own.
         names: The strategies, as ``strategies.find`` takes them.
         text: What to measure on: a text, or the arrays of an .npz for models that take no tokens.
         tokens: The positions that are compared.
@@ -54,8 +54,6 @@ def compare(
         BudgetError: a budget is too small for any plan.
     """
     chosen = strategies.find(names)
-    if job.rules:
-        raise UsageError("--format and --keep cannot be compared: strategies decide for all tiles")
     for budget in job.budgets:
         if Budgets.parse([budget], 1).size is None:
             raise UsageError(f"{budget} cannot be compared: strategies spend a size, as 4.2bit is")
@@ -64,9 +62,9 @@ def compare(
     measured = _Measured.of(evidence.watched, job.model, text, tokens, context)
     plans: dict[tuple[str, str], PrecisionPlan] = {}
     for budget in job.budgets:
-        limit = _limit(budget, priced)
-        for name, strategy in chosen.items():
-            plans[budget, name] = strategy(evidence, limit)
+        limit = _limit(budget, priced, job.rules)
+        for name in chosen:
+            plans[budget, name] = strategies.ruled(name, job.rules)(evidence, limit)
     unlike = {plan.digest: plan for plan in plans.values()}
     found = dict(zip(unlike, measured.all(evidence, list(unlike.values())), strict=True))
     return [
@@ -81,12 +79,12 @@ def compare(
     ]
 
 
-def _limit(budget: str, priced: Priced) -> int:
+def _limit(budget: str, priced: Priced, rules: Sequence[Rule]) -> int:
     """The bytes that a budget leaves for packed tiles."""
     count = graph.parameters(priced.model)
     budgets = Budgets.parse([budget], count)
     # The solver refuses what no strategy could meet, in the budget's own unit.
-    solve(priced.costs, budgets, parameters=count, fixed_bytes=priced.fixed_bytes)
+    solve(priced.costs.bind(rules), budgets, parameters=count, fixed_bytes=priced.fixed_bytes)
     assert budgets.size is not None
     return budgets.size.limit(count) - priced.fixed_bytes
 

@@ -529,10 +529,10 @@ def _other(job: Job, priced: Priced, progress: Progress) -> PrecisionPlan:
     """The plan of a published strategy, which knows no other budget than a size."""
     count = graph.parameters(priced.model)
     budgets = Budgets.parse(job.budgets, count)
-    if job.rules or budgets.size is None or budgets.rate or budgets.divergence:
-        raise UsageError(f"--strategy {job.strategy} takes a size and neither --format nor --keep")
+    if budgets.size is None or budgets.rate or budgets.divergence:
+        raise UsageError(f"--strategy {job.strategy} takes a size, such as 4.2bit or 600MB")
     limit = budgets.size.limit(count) - priced.fixed_bytes
-    return strategies.STRATEGIES[job.strategy](priced.evidence(progress), limit)
+    return strategies.ruled(job.strategy, job.rules)(priced.evidence(progress), limit)
 
 
 def _solve(

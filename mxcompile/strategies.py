@@ -8,7 +8,7 @@ published for two formats have the widest uniform format that fits and one above
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeAlias
 
@@ -17,9 +17,9 @@ import numpy as np
 from mxcompile.errors import UsageError
 from mxcompile.evidence import Evidence
 from mxcompile.formats import Format
-from mxcompile.plan import PrecisionPlan, Unit
+from mxcompile.plan import PrecisionPlan, Rule, TileFormats, Unit
 from mxcompile.price import Costs
-from mxcompile.solve import within
+from mxcompile.solve import EXACT_TILES, within
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -31,6 +31,9 @@ Raises BudgetError when the narrowest plan is larger.
 
 OURS: Final = "ours"
 
+_HALVINGS: Final = 12
+"""How exactly a strategy meets a limit beside rules: to a four-thousandth of the widest plan."""
+
 _GOLDEN: Final = (5**0.5 - 1) / 2
 
 
@@ -40,6 +43,50 @@ def ours(evidence: Evidence, limit: int) -> PrecisionPlan:
     See ``mxcompile.statistics`` for the formula and ``mxcompile.solve`` for the knapsack.
     """
     return within(evidence.costs, limit)
+
+
+def ruled(name: str, rules: Sequence[Rule]) -> Strategy:
+    """A strategy on a model of which a user has decided a part.
+
+    Ours decides within the rules. The others decide as if there were none, for as many bytes as
+    leave the limit kept once the rules have overridden them.
+
+    Raises:
+        PlanError: a rule names no unit, or a format that is not priced.
+    """
+    if not rules:
+        return STRATEGIES[name]
+
+    def decide(evidence: Evidence, limit: int) -> PrecisionPlan:
+        costs = evidence.costs.bind(rules)
+        best = within(costs, limit, exact_tiles=EXACT_TILES if name == OURS else 0)
+        if name == OURS:
+            return best
+        low, high = (
+            evidence.costs.size(PrecisionPlan.uniform(costs.units, fmt))
+            for fmt in (costs.formats[0], costs.formats[-1])
+        )
+        found = None
+        for _ in range(_HALVINGS):
+            middle = (low + high + 1) // 2
+            plan = _overruled(STRATEGIES[name](evidence, middle), costs)
+            if costs.size(plan) <= limit:
+                found, low = plan, middle
+            else:
+                high = middle
+        return best if found is None else found
+
+    return decide
+
+
+def _overruled(plan: PrecisionPlan, costs: Costs) -> PrecisionPlan:
+    """A plan with what rules say in place of what they do not allow."""
+    tiles = {}
+    for unit in plan.units:
+        stands_for = dict(zip(costs.formats, costs.choices(unit), strict=True))
+        formats = tuple(stands_for[fmt] for fmt in plan.tiles[unit.name].formats)
+        tiles[unit.name] = TileFormats(formats)
+    return replace(plan, tiles=tiles)
 
 
 def uniform(evidence: Evidence, limit: int) -> PrecisionPlan:

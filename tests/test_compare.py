@@ -13,6 +13,8 @@ import torch
 from mxcompile import cli, compare, simulate
 from mxcompile.compiler import Job, plan_model, price_model
 from mxcompile.errors import BudgetError, UsageError
+from mxcompile.formats import FORMATS
+from mxcompile.plan import Rule
 from mxcompile.progress import Progress
 from mxcompile.simulate import SimulatedSource
 from mxcompile.strategies import STRATEGIES
@@ -165,12 +167,14 @@ def test_a_plan_by_another_strategy(decoder: Path) -> None:
     asked = replace(job(decoder, "5bit"), strategy="modelopt")
     priced = price_model(asked, Progress())
     plan = plan_model(asked, Progress())
-    limit = compare._limit("5bit", priced)
+    limit = compare._limit("5bit", priced, ())
     expected = STRATEGIES["modelopt"](priced.evidence(Progress()), limit)
     assert plan.tiles == expected.tiles
     assert plan.tiles != plan_model(job(decoder, "5bit"), Progress()).tiles
-    with pytest.raises(UsageError, match="--strategy modelopt takes a size and neither --format"):
+    with pytest.raises(UsageError, match="--strategy modelopt takes a size"):
         plan_model(replace(asked, budgets=("kld<=1",)), Progress())
+    kept = replace(asked, budgets=("7bit",), rules=(Rule("down", FORMATS["int8"]),))
+    assert set(plan_model(kept, Progress()).tiles["down"].formats) == {FORMATS["int8"]}
     with pytest.raises(UsageError, match="no strategy 'best'"):
         plan_model(replace(asked, strategy="best"), Progress())
 

@@ -16,7 +16,7 @@ from mxcompile.errors import BudgetError, UsageError
 from mxcompile.evidence import Errors, Evidence, Observed, Rounded
 from mxcompile.formats import FORMATS, Format
 from mxcompile.gptq import Quantizer
-from mxcompile.plan import PrecisionPlan, TileFormats, Unit, tile_bytes
+from mxcompile.plan import PrecisionPlan, Rule, TileFormats, Unit, tile_bytes
 from mxcompile.price import Costs
 from mxcompile.probe import Probe
 from mxcompile.quantize import dequantize_tiles
@@ -76,6 +76,22 @@ def test_a_limit_below_the_narrowest_plan_is_refused(evidence: Evidence) -> None
         if name != "uniform":
             with pytest.raises(BudgetError, match="the smallest plan takes"):
                 strategy(evidence, 100)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_rules_override_a_strategy_and_the_limit_holds(evidence: Evidence, name: str) -> None:
+    costs = evidence.costs
+    rules = (Rule("down", FORMATS["int8"]), Rule("embed*", FORMATS["int4"], floor=True))
+    limit = limit_of(costs, 0.6)
+    plan = strategies.ruled(name, rules)(evidence, limit)
+    assert set(plan.tiles["down"].formats) == {FORMATS["int8"]}
+    assert min(fmt.bits for fmt in plan.tiles["embedding"].formats) >= 4
+    assert plan.weight_bytes <= limit
+    if name != "uniform":  # of equal choices any is as good
+        step = max(tile_bytes(u.columns, ALL[-1]) for u in costs.units)
+        assert plan.weight_bytes > limit - 4 * step
+    with pytest.raises(BudgetError, match="the smallest plan takes"):
+        strategies.ruled(name, rules)(evidence, limit_of(costs, 0.0))
 
 
 def test_names_are_checked() -> None:
