@@ -59,8 +59,9 @@ HEAD = (
 
 SCHEMES = "Q8_0,Q6_K,Q5_K_M,Q4_K_M,Q4_0,IQ4_XS,Q3_K_M,Q2_K,Q5_0-pure,Q4_0-pure,IQ4_NL-pure"
 
-TOGETHER = 8
-"""Models that are measured at once: the reference runs once for all of them."""
+TOGETHER = 4
+"""Models that are measured at once: the reference runs once for all of them, and what is cut off in
+between is measured again."""
 
 
 @dataclass(frozen=True)
