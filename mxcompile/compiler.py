@@ -32,6 +32,7 @@ from mxcompile import (
     target,
     tune,
     verify,
+    written,
 )
 from mxcompile.activations import AUTO, ActivationChoice, choose_activations
 from mxcompile.artifact import Artifact
@@ -39,16 +40,17 @@ from mxcompile.budget import Budgets
 from mxcompile.cache_choice import CacheChoice, choose_caches
 from mxcompile.errors import PlanError, UnsupportedError, UsageError
 from mxcompile.evidence import Evidence
+from mxcompile.float_model import Feed, FloatModel
 from mxcompile.formats import FORMATS, ActivationFormat
 from mxcompile.instruments import Dump, Verify
 from mxcompile.latency import Latency, predict
-from mxcompile.passes import sort_vocabulary
+from mxcompile.passes import scale_columns, sort_neurons, sort_vocabulary
 from mxcompile.pipeline import Context, Instrument, Pipeline
 from mxcompile.plan import CODEBOOK_BYTES, PrecisionPlan, Rule
 from mxcompile.price import Costs
 from mxcompile.progress import Progress
 from mxcompile.records import Records
-from mxcompile.samples import Samples
+from mxcompile.samples import Samples, token_feeds
 from mxcompile.solve import ANY_SPEED, Solution, solve, sweep
 from mxcompile.statistics import Statistics
 from mxcompile.survey import WIDE, survey
@@ -425,7 +427,9 @@ def _kept(job: Job, samples: Samples) -> Path | None:
         return None
     files = [p for p in (job.model, Path(f"{job.model}.data")) if p.is_file()]
     feeds = [*samples.feeds, *samples.probes]
-    return job.cache / calibrate.cache_key(files, feeds, job.sensitivity)
+    begin = None if samples.begin is None else [*samples.begin]
+    settings = (job.sensitivity, begin, written.SEQUENCES, written.LENGTH)
+    return job.cache / calibrate.cache_key(files, feeds, settings)
 
 
 def _statistics(
@@ -437,7 +441,7 @@ def _statistics(
         return calibrate.collect(
             model,
             graph.uses(model),
-            samples.feeds,
+            [*samples.feeds, *_written(model, samples, kept, progress)],
             samples.probes,
             sensitivity=job.sensitivity,
             progress=progress,
@@ -445,6 +449,19 @@ def _statistics(
         )
 
     return collect() if kept is None else calibrate.cached(Path(f"{kept}.safetensors"), collect)
+
+
+def _written(
+    model: ir.Model, samples: Samples, kept: Path | None, progress: Progress
+) -> list[Feed]:
+    """What the model writes itself, where it is to."""
+    if samples.begin is None:
+        return []
+    watched = FloatModel(model, graph.uses(model))
+    make = partial(written.write, watched, samples.begin, progress)
+    path = Path(f"{kept}.written.safetensors")
+    tokens = make() if kept is None else written.cached(path, make)
+    return token_feeds(model, tokens.numpy())
 
 
 def _observed(
@@ -455,13 +472,21 @@ def _observed(
     kept: Path | None,
     progress: Progress,
 ) -> tuple[ir.Model, Statistics]:
-    """The model with its vocabulary sorted, and what it does on the samples."""
+    """The model as it is planned and quantized, and what it does on the samples."""
     statistics = _statistics(job, model, samples, kept, progress)
     memory.release()
-    ordered = _run(job, passes.SORT, model, Context(where, statistics=statistics))
-    for unit, order in sort_vocabulary.orders(ordered).items():
-        statistics = statistics.sorted(unit, order)
-    return ordered, statistics
+    for name in passes.ARRANGE.split(","):
+        followed = _ARRANGED[name](model, statistics)
+        model = _run(job, name, model, Context(where, statistics=statistics))
+        statistics = followed
+    return model, statistics
+
+
+_ARRANGED: Final = {
+    "scale-columns": scale_columns.follow,
+    "sort-neurons": sort_neurons.follow,
+    "sort-vocabulary": sort_vocabulary.follow,
+}
 
 
 def _prices(
@@ -628,7 +653,7 @@ def _read_plan(path: Path, model: ir.Model) -> PrecisionPlan:
 def _manifest(
     job: Job, where: target.Target, planned: Planned, lowered: lower.Lowered
 ) -> artifacts.Manifest:
-    text = ",".join((passes.FRONT, passes.SORT, passes.QUANTIZE, passes.FUSE))
+    text = ",".join((passes.FRONT, passes.ARRANGE, passes.QUANTIZE, passes.FUSE))
     decoder = bool(lowered.caches)
     formats = planned.plan.caches
     kept = [(c, formats.get(c.name, caches.FLOAT).name) for c in caches.find(planned.model)]

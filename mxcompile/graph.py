@@ -334,6 +334,15 @@ def uses(model: ir.Model) -> dict[str, list[Use]]:
     }
 
 
+def layers(model: ir.Model) -> dict[ir.Node, str]:
+    """The linear layers whose weights nothing else reads, and these weights' names."""
+    return {
+        found[0].node: unit
+        for unit, found in uses(model).items()
+        if len(found) == 1 and found[0].kind == "linear"
+    }
+
+
 def units(model: ir.Model) -> tuple[Unit, ...]:
     """The plannable weights of a canonical model, in graph order."""
     initializers = model.graph.initializers

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from mxcompile import graph
+from mxcompile import graph, written
 from mxcompile.default_text import default_texts
 from mxcompile.errors import UnsupportedError, UsageError
 from mxcompile.float_model import Feed
@@ -41,12 +41,15 @@ class Samples:
     """Inputs for calibration, for its probes, and for verification.
 
     ``texts`` are token windows for language models; ``verify`` are whole feeds for all others.
+    ``begin`` is what begins a text that the model itself is to write, as more to calibrate on; None
+    where it is not to.
     """
 
     feeds: Sequence[Feed]
     probes: Sequence[Feed]
     verify: Sequence[Feed]
     texts: Sequence[Sequence[int]] = ()
+    begin: Sequence[int] | None = None
 
     @classmethod
     def find(cls, model: ir.Model, path: Path, given: Path | None) -> Self:
@@ -80,6 +83,7 @@ class Samples:
             token_feeds(model, probes),
             token_feeds(model, held),
             [row.tolist() for row in held],
+            tokenizer.encode("") if written.can_write(model) else None,
         )
 
 

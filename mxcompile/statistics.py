@@ -33,7 +33,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Factors: TypeAlias = Mapping[str, tuple[float, ...]]
 """By unit, for each of its uses: harm at the output per unit of error."""
 
-SHRINK: Final = 0.2
+SHRINK: Final = 0.02
 """The share of a row's weight that it gets from the mean of the rows around it."""
 
 PRIOR: Final = 0.3
@@ -152,26 +152,54 @@ class Statistics:
         parts = zip(self.uses[unit], self.factors[unit], strict=True)
         return sum((f * use.errors(delta, start) for use, f in parts), torch.zeros(len(delta)))
 
-    def order(self, unit: str, weight: Array) -> Array:
-        """The rows of a unit [rows, columns] by falling damage of errors that are as large as they.
+    def harm(self, unit: str, weight: Array) -> Array:
+        """The damage of errors that are as large as a unit's weights [rows, columns], by row.
 
-        Quantizers leave errors in proportion to the weights, whatever the format. Rows that are
-        ``ALIKE`` keep their order: putting results back then follows a few streams of memory, where
-        a finer order would have it jump for each row.
+        Quantizers leave errors in proportion to the weights, whatever the format.
         """
         damage = np.zeros(len(weight))
         for use, f in zip(self.uses[unit], self.factors[unit], strict=True):
             for start in range(0, len(weight), _BLOCK):
                 part = slice(start, start + _BLOCK)
                 damage[part] += f * use.weights[part] * (np.square(weight[part]) @ use.diagonal)
+        return damage
+
+    def order(self, unit: str, weight: Array) -> Array:
+        """The rows of a unit [rows, columns] by falling harm.
+
+        Rows that are ``ALIKE`` keep their order: putting results back then follows a few streams of
+        memory, where a finer order would have it jump for each row.
+        """
         with np.errstate(divide="ignore"):
-            steps = np.floor(np.log(damage) / np.log(ALIKE))
+            steps = np.floor(np.log(self.harm(unit, weight)) / np.log(ALIKE))
         return np.argsort(-steps, kind="stable")
 
-    def sorted(self, unit: str, order: Array) -> Self:
+    def with_rows(self, unit: str, order: Array) -> Self:
         """The same of a unit whose rows were put in another order."""
         uses = tuple(replace(use, order=order) for use in self.uses[unit])
         return replace(self, uses={**self.uses, unit: uses})
+
+    def with_columns(self, unit: str, order: Array) -> Self:
+        """The same of a unit whose columns were put in another order."""
+        uses = tuple(
+            replace(use, moment=use.moment[np.ix_(*[order] * use.moment.ndim)])
+            for use in self.uses[unit]
+        )
+        return replace(self, uses={**self.uses, unit: uses})
+
+    def with_rows_times(self, unit: str, factors: Array) -> Self:
+        """The same of a unit whose rows were multiplied: what they compute counts less by that."""
+        uses = tuple(replace(use, rows=use.rows / np.square(factors)) for use in self.uses[unit])
+        return replace(self, uses={**self.uses, unit: uses})
+
+    def with_columns_times(self, unit: str, factors: Array) -> Self:
+        """The same of a unit whose columns were multiplied, and their inputs divided."""
+        uses = []
+        for use in self.uses[unit]:
+            moment = use.moment / factors
+            moment /= factors if moment.ndim == 1 else factors[:, None]
+            uses.append(replace(use, moment=moment))
+        return replace(self, uses={**self.uses, unit: tuple(uses)})
 
     def moment(self, unit: str) -> Array:
         """What all uses of a unit meet, for the quantizers: [columns, columns] or [columns]."""

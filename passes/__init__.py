@@ -12,6 +12,8 @@ REGISTRY: Final = {
     "fuse-qdq": "mxcompile.passes.fuse_qdq:FuseQdq",
     "kv-cache": "mxcompile.passes.kv_cache:KvCache",
     "sort-vocabulary": "mxcompile.passes.sort_vocabulary:SortVocabulary",
+    "scale-columns": "mxcompile.passes.scale_columns:ScaleColumns",
+    "sort-neurons": "mxcompile.passes.sort_neurons:SortNeurons",
     "select-logits": "mxcompile.passes.select_logits:SelectLogits",
     "fuse-residual": "mxcompile.passes.fuse_residual:FuseResidual",
 }
@@ -19,8 +21,8 @@ REGISTRY: Final = {
 FRONT: Final = "canonicalize,flatten-attention"
 """Before calibration: the float model in the forms that later passes and the planner know."""
 
-SORT: Final = "sort-vocabulary"
-"""After calibration, before planning: row tiles of rows that are alike."""
+ARRANGE: Final = "scale-columns,sort-vocabulary,sort-neurons"
+"""After calibration, before planning: the same model in a form that loses less when quantized."""
 
 QUANTIZE: Final = "annotate,quantize-weights,quantize-activations,quantize-caches"
 """The plan becomes standard Quantize/DequantizeLinear nodes; the result is what is emitted."""

@@ -11,6 +11,7 @@ from mxcompile import graph
 from mxcompile.float_model import find_head
 from mxcompile.graph import Use
 from mxcompile.pipeline import Context, Pass
+from mxcompile.statistics import Statistics
 
 MIN_ROWS: Final = 1024
 """The least rows of a table that is worth an order of its own."""
@@ -34,22 +35,31 @@ class SortVocabulary(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Sort every table that nothing but lookups and the head read; needs statistics."""
-        found = graph.uses(model)
-        head = find_head(model, found)
         if ctx.statistics is None:
             return False
-        tables = [u for u, uses in found.items() if _sortable(model, u, uses, head)]
-        for unit in tables:
-            order = ctx.statistics.order(unit, graph.weight(model, unit))
+        found = graph.uses(model)
+        tables = orders(model, ctx.statistics)
+        for unit, order in tables.items():
             _sort(model, unit, found[unit], order)
         return bool(tables)
 
 
-def orders(model: ir.Model) -> dict[str, np.ndarray]:
-    """For every table that was sorted, which row of the unsorted one each of its rows is."""
-    initializers = model.graph.initializers
-    rows = {unit: initializers.get(f"{unit}.rows") for unit in graph.uses(model)}
-    return {u: np.argsort(graph.array(v)) for u, v in rows.items() if v is not None}
+def follow(model: ir.Model, statistics: Statistics) -> Statistics:
+    """The statistics of the model that the pass will leave."""
+    for unit, order in orders(model, statistics).items():
+        statistics = statistics.with_rows(unit, order)
+    return statistics
+
+
+def orders(model: ir.Model, statistics: Statistics) -> dict[str, np.ndarray]:
+    """For every table that can be sorted, which of its rows each is to be."""
+    found = graph.uses(model)
+    head = find_head(model, found)
+    return {
+        unit: statistics.order(unit, graph.weight(model, unit))
+        for unit, uses in found.items()
+        if _sortable(model, unit, uses, head)
+    }
 
 
 def _sortable(model: ir.Model, unit: str, uses: Sequence[Use], head: Use | None) -> bool:

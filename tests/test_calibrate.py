@@ -21,7 +21,15 @@ from mxcompile.probe import PERTURBATION
 from mxcompile.progress import Progress
 from mxcompile.quantize import dequantize, quantize
 from mxcompile.samples import token_feeds
-from mxcompile.statistics import AROUND, LEAST_AROUND, PRIOR, Statistics, expected, shrunk
+from mxcompile.statistics import (
+    AROUND,
+    LEAST_AROUND,
+    PRIOR,
+    SHRINK,
+    Statistics,
+    expected,
+    shrunk,
+)
 
 pytestmark = pytest.mark.filterwarnings("error:.*not writable")
 HEAD = '<ir_version: 10, opset_import: ["" : 23, "mxcompile" : 1]>\n'
@@ -311,9 +319,9 @@ def test_rows_that_were_not_met_are_not_free(found: Statistics) -> None:
     for use in found.uses["embedding"]:
         weights = use.weights
         assert weights.shape == (VOCABULARY,)
-        assert weights.min() >= 0.19 * weights.mean() > 0
+        assert weights.min() >= 0.9 * SHRINK * weights.mean() > 0
     rows = np.array([0, 0, 0, 4], np.float32)
-    assert shrunk(rows) == pytest.approx([0.2, 0.2, 0.2, 3.4])
+    assert shrunk(rows) == pytest.approx([SHRINK, SHRINK, SHRINK, 4 - 3 * SHRINK])
 
 
 def test_lookups_that_were_counted_tell_how_often_rows_will_be_read() -> None:
@@ -334,8 +342,8 @@ def test_an_unmet_row_counts_as_those_around_it_do() -> None:
     half = AROUND * LEAST_AROUND
     frequent, rare = np.tile([1.0, 0.0], half // 2), np.tile([0.01, 0.0], half // 2)
     weights = shrunk(np.concatenate([frequent, rare]).astype(np.float32))
-    assert weights[half // 2 + 1] == pytest.approx(0.2 * 0.5)
-    assert weights[-half // 2 + 1] == pytest.approx(0.2 * 0.005)
+    assert weights[half // 2 + 1] == pytest.approx(SHRINK * 0.5)
+    assert weights[-half // 2 + 1] == pytest.approx(SHRINK * 0.005)
     assert weights.mean() == pytest.approx(0.505 / 2, rel=1e-3)  # edges are whole windows too
 
 

@@ -14,7 +14,7 @@ from mxcompile.artifact import Artifact
 from mxcompile.formats import FORMATS
 from mxcompile.plan import PrecisionPlan, Unit, tile_bytes
 from mxcompile.price import Costs
-from mxcompile.statistics import Statistics, UseStatistics
+from mxcompile.statistics import SHRINK, Statistics, UseStatistics
 from tests import toy
 
 PLAN = PrecisionPlan.uniform(
@@ -126,8 +126,8 @@ def test_the_most_expensive_tile_comes_first_and_says_why(html: str) -> None:
     tensor = (101 * 0.09) / (32 * 32)
     assert float(cells[6]) == pytest.approx(tensor / model, rel=1e-3)
     assert float(cells[7]) == pytest.approx(100 * 2 / 101, rel=1e-3)
-    # Rows are shrunk towards their mean of 2 by a fifth.
-    assert float(cells[8]) == pytest.approx((0.8 * 3 + 0.2 * 2) / 2, rel=1e-3)
+    # Rows are shrunk towards their mean of 2.
+    assert float(cells[8]) == pytest.approx((3 - SHRINK) / 2, rel=1e-3)
 
 
 def test_a_plan_that_was_given_is_not_explained(tmp_path: Path) -> None:
