@@ -461,6 +461,8 @@ def _written(
     make = partial(written.write, watched, samples.begin, progress)
     path = Path(f"{kept}.written.safetensors")
     tokens = make() if kept is None else written.cached(path, make)
+    del watched, make
+    memory.release()
     return token_feeds(model, tokens.numpy())
 
 
