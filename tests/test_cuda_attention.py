@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from mxcompile.targets.cpu_attention import Attention, Mask
 from mxcompile.targets.cpu_norm import Columns, Runs
 from mxcompile.targets.cuda_norm import CudaNorm
+from tests import test_cpu_attention
 from tests.cuda import Reading, readings
 from tests.test_cpu_attention import LONGEST, Kept, formats, reference, split
 from tests.test_cpu_norm import EPS, exact_layer_norm, exact_rms_norm, exact_softmax
@@ -39,8 +40,8 @@ class Built:
         return np.asarray(out.numpy())
 
 
-CASES = {
-    "windowed": (Attention(4, 1, 256, 0.0625, window=20), ("fp16", "fp16")),
+SHARED = ("windowed", "bytes", "nibbles", "nibbles and floats")
+CASES = {name: test_cpu_attention.CASES[name] for name in SHARED} | {
     "grouped": (Attention(4, 2, 16, 0.25, softcap=3.0), ("fp32", "fp32")),
     "odd, from one buffer": (
         Attention(
@@ -48,13 +49,10 @@ CASES = {
         ),
         ("fp16", "fp32"),
     ),
-    "bytes": (Attention(4, 1, 256, 0.0625, window=20), ("int8", "int8")),
-    "nibbles": (Attention(4, 2, 64, 0.125), ("int4", "int4")),
     "bytes and nibbles, from one buffer": (
         Attention(3, 1, 96, 0.1, q=Columns(492, 8), k=Columns(492, 298), v=Columns(492, 395)),
         ("int8", "int4"),
     ),
-    "nibbles and floats": (Attention(6, 2, 160, 0.1, softcap=9.0), ("int4", "fp16")),
 }
 
 

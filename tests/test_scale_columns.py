@@ -1,7 +1,6 @@
 """Columns that grow and inputs that shrink: where it can be, and that nothing else changes."""
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -15,10 +14,9 @@ from mxcompile.passes.scale_columns import POWER, Scaling
 from mxcompile.pipeline import Context, Pipeline
 from mxcompile.quantize import dequantize, quantize
 from mxcompile.statistics import Statistics, UseStatistics
-from tests.test_sort_neurons import LINEAR
+from tests.blocks import INNER, SIZES, WIDTH, build
 
-WIDTH, INNER = 64, 96
-SIZES = {"gate": (INNER, WIDTH), "up": (INNER, WIDTH), "down": (WIDTH, INNER)}
+VECTORS = {"gain": (WIDTH,), "shift": (WIDTH,)}
 BLOCK = """
     n = RMSNormalization(x, gain)
     g = mxcompile.Linear(n, gate)
@@ -30,21 +28,9 @@ BLOCK = """
 """
 
 
-def build(body: str, outputs: str = "float[1, seq, 64] y") -> ir.Model:
-    text = f"g (float[1, seq, 64] x) => ({outputs}) {{ {body} }}"
-    head = '<ir_version: 10, opset_import: ["" : 23, "mxcompile" : 1]>\n'
-    model = onnx.parser.parse_model(head + text + LINEAR)
-    rng = np.random.default_rng(0)
-    for name, shape in {**SIZES, "gain": (WIDTH,), "shift": (WIDTH,)}.items():
-        if name in body:
-            weight = rng.standard_normal(shape).astype(np.float32)
-            model.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(model))
-
-
 @pytest.fixture
 def model() -> ir.Model:
-    return build(BLOCK)
+    return build(BLOCK, VECTORS)
 
 
 @pytest.fixture
@@ -138,10 +124,10 @@ def test_without_statistics_nothing_is_scaled(model: ir.Model) -> None:
     ids=["a residual", "an output", "not linear", "twice", "a shared vector"],
 )
 def test_what_others_read_stays(body: str, outputs: str) -> None:
-    assert scale_columns.find(build(body, outputs)) == []
+    assert scale_columns.find(build(body, VECTORS, outputs)) == []
 
 
 def test_biases_of_a_norm_shrink_with_its_scale() -> None:
     body = "n = LayerNormalization(x, gain, shift) y = mxcompile.Linear(n, gate)"
-    found = scale_columns.find(build(body, "float y"))
+    found = scale_columns.find(build(body, VECTORS, "float y"))
     assert found == [Scaling(("gate",), constants=("gain", "shift"))]

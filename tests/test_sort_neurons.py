@@ -1,7 +1,6 @@
 """Features between layers in the order of their errors: what can be sorted, and that it is."""
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -14,17 +13,9 @@ from mxcompile.passes.sort_neurons import Neurons
 from mxcompile.pipeline import Context, Pipeline
 from mxcompile.plan import ROW_TILE
 from mxcompile.statistics import Statistics, UseStatistics
+from tests.blocks import INNER, SIZES, WIDTH, build
 
-WIDTH, INNER = 64, 96
-SIZES = {"gate": (INNER, WIDTH), "up": (INNER, WIDTH), "down": (WIDTH, INNER)}
-
-LINEAR = """
-<domain: "mxcompile", opset_import: ["" : 23]>
-Linear (x, w) => (y) {
-    t = Transpose<perm = [1, 0]>(w)
-    y = MatMul(x, t)
-}
-"""
+VECTORS = {"bias": (INNER,), "scale": ()}
 
 GATED = """
     g = mxcompile.Linear(x, gate)
@@ -38,24 +29,9 @@ GATED = """
 """
 
 
-def build(body: str, outputs: str = "float[1, seq, 64] y") -> ir.Model:
-    text = f"g (float[1, seq, 64] x) => ({outputs}) {{ {body} }}"
-    head = '<ir_version: 10, opset_import: ["" : 23, "mxcompile" : 1]>\n'
-    model = onnx.parser.parse_model(head + text + LINEAR)
-    rng = np.random.default_rng(0)
-    sizes = {**SIZES, "bias": (INNER,), "scale": ()}
-    for name, shape in sizes.items():
-        if name in body:
-            weight = np.asarray(rng.standard_normal(shape), np.float32)
-            model.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
-    found = ir.from_proto(onnx.shape_inference.infer_shapes(model))
-    graph.infer_shapes(found)
-    return found
-
-
 @pytest.fixture
 def model() -> ir.Model:
-    return build(GATED)
+    return build(GATED, VECTORS)
 
 
 @pytest.fixture
@@ -140,4 +116,4 @@ def test_without_statistics_nothing_is_sorted(model: ir.Model) -> None:
     ids=["read elsewhere", "mixed", "unread", "a shared bias", "an output of it"],
 )
 def test_features_that_others_know_stay(body: str, outputs: str) -> None:
-    assert sort_neurons.find(build(body, outputs)) == []
+    assert sort_neurons.find(build(body, VECTORS, outputs)) == []
