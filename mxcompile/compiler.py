@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
+from torch import Tensor
 
 from mxcompile import artifact as artifacts
 from mxcompile import (
@@ -457,11 +458,12 @@ def _written(
     """What the model writes itself, where it is to."""
     if samples.begin is None:
         return []
-    watched = FloatModel(model, graph.uses(model))
-    make = partial(written.write, watched, samples.begin, progress)
-    path = Path(f"{kept}.written.safetensors")
-    tokens = make() if kept is None else written.cached(path, make)
-    del watched, make
+    begin = samples.begin
+
+    def write() -> Tensor:
+        return written.write(FloatModel(model, graph.uses(model)), begin, progress)
+
+    tokens = write() if kept is None else written.cached(Path(f"{kept}.written.safetensors"), write)
     memory.release()
     return token_feeds(model, tokens.numpy())
 

@@ -184,6 +184,22 @@ def constant(
     return value
 
 
+def change_constant(model: ir.Model, unit: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Put what ``change`` makes of an initializer in its place; shape and type stay.
+
+    It is made when it is asked for: weights are most of a model.
+    """
+    value = model.graph.initializers[unit]
+    data = value.const_value
+    assert data is not None and value.shape is not None
+    value.const_value = ir.LazyTensor(
+        lambda: ir.Tensor(change(data.numpy())),
+        dtype=data.dtype,
+        shape=ir.Shape(value.shape.numpy()),
+        name=unit,
+    )
+
+
 def _names(base: str) -> Iterator[str]:
     yield base
     index = 0
@@ -223,6 +239,12 @@ def annotate(value: ir.Value, scheme: str) -> bool:
 def scheme_of(value: ir.Value) -> str | None:
     """The scheme that ``annotate`` wrote, if any."""
     return value.metadata_props.get(SCHEME_KEY)
+
+
+def overloaded(overload: str, text: str) -> str:
+    """A function of our own in ONNX's text form, of which there are some by one name."""
+    domains = f'opset_import: ["" : {OPSET}, "{DOMAIN}" : 1], domain: "{DOMAIN}"'
+    return f'<{domains}, overload: "{overload}">{text}'
 
 
 def define(model: ir.Model, text: str) -> None:

@@ -20,7 +20,7 @@ from mxcompile.artifact import TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
 from mxcompile.formats import CACHE_FORMATS, FORMATS, ActivationFormat
 from mxcompile.knobs import Choice
-from mxcompile.passes.fuse_residual import RESIDUAL_NORM, rounded_format
+from mxcompile.passes.fuse_residual import RESIDUAL_NORM, epsilon, rounded_format
 from mxcompile.passes.kv_cache import NO_WINDOW
 from mxcompile.passes.quantize_activations import activation_format
 from mxcompile.pipeline import Context
@@ -186,7 +186,7 @@ def lower(model: ir.Model, ctx: Context, choice: Choice | None = None) -> Lowere
                     relax.call_pure_packed(
                         "vm.builtin.tuple_getitem",
                         weights,
-                        tvm.tirx.IntImm("int64", index),
+                        tirx.IntImm("int64", index),
                         ty_args=relax.TensorType(array.shape, str(array.dtype)),
                     )
                 )
@@ -516,7 +516,7 @@ def _plain_reshape(builder: _Builder, node: ir.Node) -> Expr:
 def _norm(builder: _Builder, node: ir.Node) -> Any:
     """RMSNormalization or LayerNormalization over the last axis; heads of a view in place."""
     x = node.inputs[0]
-    eps = float(node.attributes.get_float("epsilon", 1e-5) or 1e-5)
+    eps = epsilon(node)
     view = builder.view(x)
     if view is not None:
         wide, columns, shape = view.wide, view.columns, view.shape

@@ -54,7 +54,7 @@ def survey(target: Target, threads: int, width: int) -> Survey:
     layouts = sorted(set(map(representative, FORMATS.values())))
     link_bytes = -(-width // ROW_TILE) * tile_bytes(width, FORMATS[CHAIN])
     links = tune.STREAM_BYTES // link_bytes
-    vm = tune.load(_module(target, layouts, width, links), target)
+    vm = tune.load(_module(target, layouts, width, link_bytes, links), target)
     data = tvm.runtime.tensor(np.ones(tune.STREAM_BYTES, np.uint8))
     rates = {}
     for name in layouts:
@@ -83,7 +83,7 @@ def _seconds(vm: Any, function: str, *arguments: Any) -> float:
     return float(min(evaluator(*arguments).results))
 
 
-def _module(target: Target, layouts: list[str], width: int, links: int) -> Any:
+def _module(target: Target, layouts: list[str], width: int, link_bytes: int, links: int) -> Any:
     """Relax functions for ``survey``.
 
     They are ``read_FORMAT(codes, weight, table)`` for each format of activations, ``chain(x, gain,
@@ -124,7 +124,6 @@ def _module(target: Target, layouts: list[str], width: int, links: int) -> Any:
     x = relax.Var("x", row)
     gain = relax.Var("gain", relax.TensorType((width,), "float32"))
     table = relax.Var("table", relax.TensorType((-(-width // ROW_TILE), 3), "int32"))
-    link_bytes = -(-width // ROW_TILE) * tile_bytes(width, FORMATS[CHAIN])
     link = relax.TensorType((link_bytes,), "uint8")
     weights = [relax.Var(f"weight{i}", link) for i in range(links)]
     with bb.function("chain", [x, gain, table, *weights]):

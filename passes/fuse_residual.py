@@ -12,8 +12,6 @@ from mxcompile.pipeline import Context, Pass
 
 RESIDUAL_NORM = "ResidualNorm"
 
-_DOMAINS = f'opset_import: ["" : 23, "{graph.DOMAIN}" : 1], domain: "{graph.DOMAIN}"'
-
 PLAIN, NORMED = "plain", "normed"
 """Overloads: what is added is taken as it is, or normalized first."""
 
@@ -92,15 +90,15 @@ def _fuse(model: ir.Model, add: ir.Node, norm: ir.Node) -> None:
     rest, added = add.inputs
     if _is_inner(rest) and not _is_inner(added):
         rest, added = added, rest
-    inputs, attributes = [rest, added, norm.inputs[1]], {"epsilon": _epsilon(norm)}
+    inputs, attributes = [rest, added, norm.inputs[1]], {"epsilon": epsilon(norm)}
     overload = NORMED if _is_inner(added) else PLAIN
     if overload == NORMED:
         assert added is not None
         inner = added.producer()
         assert inner is not None
         inputs[1:] = [inner.inputs[0], norm.inputs[1], inner.inputs[1]]
-        attributes["inner_epsilon"] = _epsilon(inner)
-    graph.define(model, f'<{_DOMAINS}, overload: "{overload}">{DEFINITIONS[overload]}')
+        attributes["inner_epsilon"] = epsilon(inner)
+    graph.define(model, graph.overloaded(overload, DEFINITIONS[overload]))
     node = ir.Node(
         graph.DOMAIN,
         RESIDUAL_NORM,
@@ -129,5 +127,6 @@ def _is_inner(value: ir.Value | None) -> bool:
     )
 
 
-def _epsilon(norm: ir.Node) -> float:
+def epsilon(norm: ir.Node) -> float:
+    """What a norm adds to the mean of squares."""
     return float(norm.attributes.get_float("epsilon", 1e-5) or 1e-5)

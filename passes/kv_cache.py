@@ -16,8 +16,6 @@ NO_WINDOW = 2**31 - 1
 PROBE_LENGTH = 1 << 15
 """A past longer than any sliding window; how much of it a query sees is the window."""
 
-_DOMAINS = f'opset_import: ["" : 23, "{graph.DOMAIN}" : 1], domain: "{graph.DOMAIN}"'
-
 ATTENTION = """
 CachedAttention <num_heads, kv_num_heads, scale, softcap, window>
     (q, k, v, past, {parts}) => (y, {new_parts})
@@ -94,7 +92,7 @@ def definition(key: CacheFormat, value: CacheFormat) -> str:
         keys_used=row(sides[0], "used"),
         values_used=row(sides[1], "used"),
     )
-    return f'<{_DOMAINS}, overload: "{key}_{value}">{body}'
+    return graph.overloaded(f"{key}_{value}", body)
 
 
 def name_parts(name: str, fmt: CacheFormat) -> tuple[str, ...]:

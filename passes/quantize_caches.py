@@ -120,8 +120,7 @@ def _type(fmt: CacheFormat) -> int:
 
 
 def _function(fmt: CacheFormat, head: str, lines: str) -> str:
-    about = f'opset_import: ["" : 23], domain: "{graph.DOMAIN}", overload: "{fmt}"'
-    return f"<{about}> {head} {{ {lines} }}"
+    return graph.overloaded(fmt.name, f" {head} {{ {lines} }}")
 
 
 @dataclass(frozen=True)

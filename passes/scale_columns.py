@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -59,12 +60,13 @@ class ScaleColumns(Pass):
         found = find(model)
         for scaling in found:
             factors = _factors(scaling, ctx.statistics)
-            for name in scaling.read:
-                _multiply(model.graph.initializers[name], factors)
-            for name in scaling.made:
-                _multiply(model.graph.initializers[name], 1 / factors[:, None])
-            for name in scaling.constants:
-                _multiply(model.graph.initializers[name], 1 / factors)
+            for names, by in (
+                (scaling.read, factors),
+                (scaling.made, 1 / factors[:, None]),
+                (scaling.constants, 1 / factors),
+            ):
+                for name in names:
+                    graph.change_constant(model, name, partial(np.multiply, by))
         return bool(found)
 
 
@@ -131,15 +133,3 @@ def _factors(scaling: Scaling, statistics: Statistics) -> np.ndarray:
     logarithms = POWER / 2 * np.log(np.maximum(met / mean, FLOOR))
     factors: np.ndarray = np.exp(logarithms - logarithms.mean()).astype(np.float32)
     return factors
-
-
-def _multiply(value: ir.Value, factors: np.ndarray) -> None:
-    """Multiply a constant when it is asked for: layers are most of a model."""
-    data = value.const_value
-    assert data is not None and value.shape is not None
-    value.const_value = ir.LazyTensor(
-        lambda: ir.Tensor(data.numpy() * factors),
-        dtype=data.dtype,
-        shape=ir.Shape(value.shape.numpy()),
-        name=value.name,
-    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -54,10 +55,10 @@ class SortNeurons(Pass):
             return False
         found = orders(model, ctx.statistics)
         for neurons, order in found:
-            for name in neurons.made:
-                _permute(model.graph.initializers[name], order, 0)
-            for name in (*neurons.read, *neurons.constants):
-                _permute(model.graph.initializers[name], order, -1)
+            for names, axis in ((neurons.made, 0), ((*neurons.read, *neurons.constants), -1)):
+                for name in names:
+                    change = partial(np.take, indices=order, axis=axis)
+                    graph.change_constant(model, name, change)
         return bool(found)
 
 
@@ -164,15 +165,3 @@ class _Block:
             elif value.shape and value.shape[-1] != 1:
                 return None
         return near
-
-
-def _permute(value: ir.Value, order: np.ndarray, axis: int) -> None:
-    """Reorder a constant when it is asked for: layers are most of a model."""
-    data = value.const_value
-    assert data is not None and value.shape is not None
-    value.const_value = ir.LazyTensor(
-        lambda: ir.Tensor(np.take(data.numpy(), order, axis)),
-        dtype=data.dtype,
-        shape=ir.Shape(value.shape.numpy()),
-        name=value.name,
-    )

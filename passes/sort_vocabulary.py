@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -68,16 +69,7 @@ def _sortable(model: ir.Model, unit: str, uses: Sequence[Use], head: Use | None)
 
 
 def _sort(model: ir.Model, unit: str, uses: Sequence[Use], order: np.ndarray) -> None:
-    table = model.graph.initializers[unit]
-    data = table.const_value
-    assert data is not None and table.shape is not None
-    # Computed when it is asked for: a vocabulary's table is most of a small model.
-    table.const_value = ir.LazyTensor(
-        lambda: ir.Tensor(data.numpy()[order]),
-        dtype=data.dtype,
-        shape=ir.Shape(table.shape.numpy()),
-        name=unit,
-    )
+    graph.change_constant(model, unit, partial(np.take, indices=order, axis=0))
     rows = graph.constant(model, f"{unit}.rows", np.argsort(order).astype(np.int32))
     for use in uses:
         if use.kind == "embedding":

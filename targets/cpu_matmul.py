@@ -48,6 +48,7 @@ from mxcompile.targets.cpu_norm import (
     hold,
     load,
     param,
+    reader,
     registers,
     rms_factor,
     scratch,
@@ -146,7 +147,7 @@ class MatmulKernel:
             spread(
                 m,
                 m * (k // GROUP) < self.serial_groups,
-                self._rounding(codes, k, fmt, lambda row: _reader(x, row)),
+                self._rounding(codes, k, fmt, lambda row: reader(x, row)),
             )
 
         return build(emit)
@@ -163,7 +164,7 @@ class MatmulKernel:
             codes = param("Q", (m, q), "int8")
 
             def normalized(row: Expr) -> _Columns:
-                read = _reader(x, row // s, row % s)
+                read = reader(x, row // s, row % s)
                 return _scaled(read, rms_factor(read, k, eps, Simd(ROW_TILE)), weight)
 
             rounding = self._rounding(codes, k, fmt, normalized)
@@ -189,17 +190,17 @@ class MatmulKernel:
 
             def normalized(row: Expr) -> _Columns:
                 at = row // s, row % s
-                term = _reader(added, *at)
+                term = reader(added, *at)
                 if inner is not None and inner_eps is not None:
                     term = _scaled(term, rms_factor(term, k, inner_eps, simd), inner)
-                read = _reader(rest, *at)
+                read = reader(rest, *at)
 
                 def add(column: int | Expr, lanes: int) -> Expr:
                     value = hold(read(column, lanes) + term(column, lanes))
                     store(total, value, *at, column)
                     return value
 
-                return _scaled(_reader(total, *at), rms_factor(add, k, eps, simd), weight)
+                return _scaled(reader(total, *at), rms_factor(add, k, eps, simd), weight)
 
             rounding = self._rounding(codes, k, fmt, normalized)
             spread(b * s, b * s * (k // GROUP) < self.serial_groups, rounding)
@@ -658,10 +659,6 @@ def _reduce(operation: str, vector: Expr) -> Expr:
 
 _Columns = Callable[[int | Expr, int], Expr]
 """Reads some columns of a row, from one on."""
-
-
-def _reader(buffer: Any, *row: Expr) -> _Columns:
-    return lambda column, lanes: load(buffer, *row, column, lanes=lanes)
 
 
 def _scaled(x: _Columns, factor: Expr, weight: Any) -> _Columns:

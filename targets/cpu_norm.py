@@ -319,7 +319,7 @@ def _by_run(runs: Runs, weights: Sequence[str], emit: Callable[[_Run], None]) ->
                     lambda c, lanes: load(x, *row, start + source.offset + c, lanes=lanes),
                     lambda c, lanes: load(y, *row, start + c, lanes=lanes),
                     lambda c, value: store(y, value, *row, start + c),
-                    [_reader(w) for w in shared],
+                    [reader(w) for w in shared],
                 )
             )
 
@@ -383,8 +383,9 @@ def softmax(runs: Runs, simd: Simd) -> tirx.PrimFunc:
     return _by_run(runs, [], emit)
 
 
-def _reader(buffer: Any) -> Callable[[int | Expr, int], Expr]:
-    return lambda c, lanes: load(buffer, c, lanes=lanes)
+def reader(buffer: Any, *row: Expr) -> Callable[[int | Expr, int], Expr]:
+    """Read some columns of a row, from one on."""
+    return lambda c, lanes: load(buffer, *row, c, lanes=lanes)
 
 
 def _mean(total: Expr, size: int | Expr) -> Expr:
