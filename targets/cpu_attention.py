@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
@@ -34,6 +35,7 @@ from mxcompile.targets.cpu_norm import (
     int64,
     load,
     param,
+    prefetch,
     registers,
     scratch,
     splat,
@@ -45,6 +47,7 @@ from mxcompile.targets.cpu_norm import (
     unravel,
 )
 
+_LINE = 64  # bytes of a cache line
 _SPAN = 128  # keys whose scores _stream holds at a time
 _ROWS = 48  # query rows that _tile holds, about
 _KEYS = 64  # keys that _tile holds
@@ -122,6 +125,12 @@ Write = Callable[[int | Expr, Expr], None]
 """Store a vector to a column and after of some row."""
 Blocks = Callable[[Expr, Expr], Callable[[Expr], Read]]
 """Prepare to read (first, count) neighbouring rows, at most ``_SPAN``, by number in the block."""
+Ask = Callable[[Expr, Expr | int, int], None]
+"""Ask memory for a part (which, of how many) of a row that will be read soon."""
+
+
+def _nothing(j: Expr, part: Expr | int, parts: int) -> None:
+    """Ask for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +139,8 @@ class _Head:
 
     ``query`` and ``put`` take a position and a member of the group; ``bias`` gives
     their mask by key. Query position i stands at key position ``past + i``. Values that are
-    ``coded`` are worth decoding once for many rows.
+    ``coded`` are worth decoding once for many rows. ``ask_key`` and ``ask_value`` take positions of
+    keys; they do nothing where rows do not come from memory.
     """
 
     query: Callable[[Expr, Expr | int], Read]
@@ -141,6 +151,8 @@ class _Head:
     past: Expr
     keys: Expr
     coded: bool = False
+    ask_key: Ask = _nothing
+    ask_value: Ask = _nothing
 
 
 # --- kernels ---
@@ -240,6 +252,8 @@ def attend(attention: Attention, caches: Caches, simd: Simd) -> tirx.PrimFunc:
                 past=hold(past[0]),
                 keys=hold(past[0] + seq),
                 coded=caches.value.scaled,
+                ask_key=_asker(keys[0], b, h),
+                ask_value=_asker(values[0], b, h),
             )
 
         with T.sblock("root"):
@@ -380,6 +394,19 @@ def _cached(fmt: CacheFormat, parts: list[Any], b: Expr, h: Expr) -> Blocks:
         return lambda j: lambda c, n: read(j, int64(c), n)
 
     return block
+
+
+def _asker(codes: Any, b: Expr, h: Expr) -> Ask:
+    """Ask for rows of a cache (batch, head, max, columns); scales are small and found in time."""
+    columns = int(codes.shape[-1])
+    line = _LINE // np.dtype(codes.dtype).itemsize
+
+    def ask(j: Expr, part: Expr | int, parts: int) -> None:
+        width = -(-columns // parts)
+        for c in range(0, width, line):
+            prefetch(codes, b, h, j, part * width + c)
+
+    return ask
 
 
 def _widen(narrow: Any, place: tuple[Expr, ...], wide: Any, row: Expr) -> None:
@@ -564,18 +591,29 @@ class _Rows:
                 store(self.scores, score, r, j)
 
     def mix(
-        self, row: Expr, height: int, vectors: int, count: Expr, value: Callable[[Expr], Read]
+        self,
+        row: Expr,
+        height: int,
+        vectors: int,
+        count: Expr,
+        value: Callable[[Expr], Read],
+        ask: Ask = _nothing,
     ) -> None:
-        """Add ``count`` weighted values to neighbouring rows, so many vectors at a time."""
+        """Add ``count`` weighted values to neighbouring rows, so many vectors at a time.
+
+        ``ask`` is called for as many rows, by their number, to be read afterwards.
+        """
         lanes, dim = self.simd.lanes, self.attention.dim
         whole = dim // (lanes * vectors)
+        rest = _chunks(dim, lanes)[whole * vectors :]
+        parts = whole + bool(rest)
         if whole:
             with T.serial(int64(0), int64(whole)) as tile:
                 first = hold(tile * (lanes * vectors))
                 chunks = [(first + v * lanes, lanes) for v in range(vectors)]
-                self._mix_tile(row, height, chunks, count, value)
-        if rest := _chunks(dim, lanes)[whole * vectors :]:
-            self._mix_tile(row, height, rest, count, value)
+                self._mix_tile(row, height, chunks, count, value, lambda j: ask(j, tile, parts))
+        if rest:
+            self._mix_tile(row, height, rest, count, value, lambda j: ask(j, whole, parts))
 
     def _mix_tile(
         self,
@@ -584,6 +622,7 @@ class _Rows:
         chunks: Sequence[tuple[Any, int]],
         count: Expr,
         value: Callable[[Expr], Read],
+        ask: Callable[[Expr], None],
     ) -> None:
         lanes = self.simd.lanes
         sums = [[scratch(lanes) for _ in chunks] for _ in range(height)]
@@ -592,6 +631,7 @@ class _Rows:
                 old = load(self.out, row + r, c, lanes=lanes)
                 store(total, old * self.decay[row + r], 0)
         with T.serial(int64(0), count) as j:
+            ask(j)
             read = value(j)
             columns = [_padded(read, chunk, lanes) for chunk in chunks]
             for r, line in enumerate(sums):
@@ -698,7 +738,11 @@ def _merge(
 
 
 def _stream(a: Attention, simd: Simd, source: _Head, i: Expr, first: Expr, last: Expr) -> _Rows:
-    """Attend from position ``i`` to the keys from ``first`` to before ``last``."""
+    """Attend from position ``i`` to the keys from ``first`` to before ``last``.
+
+    Keys and values take turns, a block each; while one is met, the next block of the other is
+    asked for. Hardware does not foresee when one stream stops and the other goes on.
+    """
     height = a.group + (a.group % 4 == 3)  # four rows cost less than two and one
     rows = _Rows.allocate(a, simd, height, _SPAN)
     with T.serial(int64(0), int64(height)) as g:
@@ -707,13 +751,21 @@ def _stream(a: Attention, simd: Simd, source: _Head, i: Expr, first: Expr, last:
         start = hold(first + block * _SPAN)
         count = hold(T.min(last - start, int64(_SPAN)))
         key, value = source.key(start, count), source.value(start, count)
-        _by_fours(height, lambda g, some: _score(key, rows, (g, some), count))
+
+        def score(g: Expr, some: int) -> None:
+            _score(key, rows, (g, some), count, lambda j: source.ask_value(start + j, 0, 1))
+
+        def ask_key(j: Expr, part: Expr | int, parts: int) -> None:
+            source.ask_key(start + _SPAN + j, part, parts)
+
+        def mix(g: Expr, some: int) -> None:
+            vectors = simd.registers // 2 // some
+            rows.mix(g, some, vectors, count, value, ask_key)
+
+        _by_fours(height, score)
         with T.serial(int64(0), int64(height)) as g:
             rows.weigh(g, (start, count), (int64(0), count), None)
-        _by_fours(
-            height,
-            lambda g, some: rows.mix(g, some, simd.registers // 2 // some, count, value),
-        )
+        _by_fours(height, mix)
     return rows
 
 
@@ -727,13 +779,21 @@ def _by_fours(count: int, body: Callable[[Expr, int], None]) -> None:
             body(int64(count // (2 * height) * (2 * height)), height)
 
 
-def _score(read: Callable[[Expr], Read], rows: _Rows, span: tuple[Expr, int], count: Expr) -> None:
+def _score(
+    read: Callable[[Expr], Read],
+    rows: _Rows,
+    span: tuple[Expr, int],
+    count: Expr,
+    ask: Callable[[Expr], None],
+) -> None:
     """Score a block of keys against some rows; the vectors run along the columns."""
     lanes, height = rows.simd.lanes, span[1]
     keys = max(rows.simd.registers // 2, lanes) // height
     full = hold(T.floordiv(count, keys))
     with T.serial(int64(0), full) as block:
         base = hold(block * keys)
+        for k in range(keys):
+            ask(base + k)
         _score_tile([read(hold(base + k)) for k in range(keys)], rows, span, base)
     with T.If(full * keys < count), T.Then():
         base = hold(full * keys)

@@ -48,6 +48,7 @@ from mxcompile.targets.cpu_norm import (
     hold,
     load,
     param,
+    prefetch,
     reader,
     registers,
     rms_factor,
@@ -1056,9 +1057,7 @@ class _Tile:
 
 def _prefetch(data: Any, start: Expr, vectors: int) -> None:
     for vector in range(vectors):
-        address = T.address_of(data[start + vector * VECTOR])
-        read, keep, cache = T.int32(0), T.int32(3), T.int32(1)
-        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, keep, cache))
+        prefetch(data, start + vector * VECTOR)
 
 
 @dataclass(frozen=True, slots=True)

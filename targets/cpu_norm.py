@@ -115,6 +115,13 @@ def store(buffer: Any, value: Expr, *index: int | Expr) -> None:
     T.buffer_store(buffer, value, [*lead, T.Ramp(last, int64(1), lanes) if lanes > 1 else last])
 
 
+def prefetch(buffer: Any, *index: int | Expr) -> None:
+    """Ask for the cache line of an element that will be read soon; it may lie behind the end."""
+    address = T.address_of(buffer[tuple(int64(i) for i in index)])
+    read, keep, cache = T.int32(0), T.int32(3), T.int32(1)
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, keep, cache))
+
+
 def registers(count: int, lanes: int, value: float = 0.0) -> list[Any]:
     """Allocate vectors that keep their values across iterations, each set to ``value``."""
     out = [scratch(lanes) for _ in range(count)]
