@@ -7,7 +7,6 @@ still to come, where it does least harm under ``H = E[x x^T]``. Columns go by fa
 groups"), so that the groups keep their place and the format its bytes.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self, TypeAlias
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxcompile import workers
 from mxcompile.formats import GROUP, Format
 from mxcompile.plan import TileFormats
 from mxcompile.quantize import (
@@ -120,10 +120,7 @@ def refine(weight: Array, quantized: Quantized, fmt: Format, feedback: Feedback)
         grid = _Grid.of(quantized, fmt, part, entries)
         codes[part] = _round(torch.from_numpy(weight[part].astype(np.float32)), grid, feedback)
 
-    # One torch thread a worker: the blocks are too small to be worth splitting again.
-    with ThreadPoolExecutor(
-        torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with workers.pool() as pool:
         for _ in pool.map(work, range(0, len(weight), ROWS)):
             pass
     return replace(quantized, codes=codes)

@@ -14,13 +14,13 @@ Left out: error feedback between columns, which needs the whole H; see ``mxcompi
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
 
+from mxcompile import workers
 from mxcompile.errors import UsageError
 from mxcompile.formats import FORMATS, GROUP, SCALE_BITS, ZERO_BITS, Format, groups
 from mxcompile.plan import ROW_TILE, TileFormats
@@ -265,10 +265,7 @@ def _quantize_rows(source: _Source, rows: Array, out: Quantized) -> None:
         out.codes[index] = codes.numpy()
         out.scales[index], out.zeros[index], out.row_scale[index] = grid.encoded()
 
-    # One torch thread a worker: the blocks are too small to be worth splitting again.
-    with ThreadPoolExecutor(
-        torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with workers.pool() as pool:
         for _ in pool.map(work, range(0, len(rows), step)):
             pass
 

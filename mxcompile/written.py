@@ -8,6 +8,7 @@ the others with a random token, which leads into languages and subjects that com
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mxcompile import graph
+from mxcompile import graph, workers
 from mxcompile.files import whole
 from mxcompile.float_model import LOGITS, FloatModel
 from mxcompile.interpret import Values
@@ -62,13 +63,16 @@ def write(watched: FloatModel, marks: Sequence[int], progress: Progress | None =
     assert logits.shape is not None
     vocabulary = logits.shape[2]
     assert isinstance(vocabulary, int)
-    caches = _empty(watched.model)
     tokens = new = torch.tensor(marks, dtype=torch.int64).repeat(SEQUENCES, 1)
-    with (progress or Progress()).stage("write", LENGTH) as advance, torch.no_grad():
+    with workers.pool() as pool, (progress or Progress()).stage("write", LENGTH) as advance:
+        count = torch.get_num_threads()
+        caches = [_empty(watched.model, len(part)) for part in tokens.chunk(count)]
         while tokens.shape[1] < LENGTH:
             chosen = torch.randint(vocabulary, (SEQUENCES, 1), generator=generator)
             if tokens.shape[1] > 0:
-                p, caches = _continued(watched, new, caches)
+                found = pool.map(partial(_continued, watched), new.chunk(count), caches)
+                parts, caches = map(list, zip(*found, strict=True))
+                p = torch.cat(parts)
                 written = slice(0, SEQUENCES // 2 if tokens.shape[1] == len(marks) else None)
                 chosen[written] = _drawn(p[written], generator)
             new = chosen
@@ -92,6 +96,7 @@ def cached(path: Path, make: Callable[[], Tensor]) -> Tensor:
     return tokens
 
 
+@torch.no_grad()
 def _continued(watched: FloatModel, new: Tensor, caches: Values) -> tuple[Tensor, Values]:
     """What follows new tokens [sequences, count]: the next one's probabilities, and the caches."""
     past = next(iter(caches.values())).shape[2]
@@ -117,11 +122,11 @@ def _drawn(p: Tensor, generator: torch.Generator) -> Tensor:
     return chosen.clamp_(max=p.shape[-1] - 1)
 
 
-def _empty(model: ir.Model) -> Values:
+def _empty(model: ir.Model, sequences: int) -> Values:
     """Caches of no positions."""
     shapes = {graph.name(v): v.shape for v in model.graph.inputs if graph.name(v).startswith(PAST)}
     return {
-        name: torch.zeros(SEQUENCES, *[d if isinstance(d, int) else 0 for d in (shape or ())[1:]])
+        name: torch.zeros(sequences, *[d if isinstance(d, int) else 0 for d in (shape or ())[1:]])
         for name, shape in shapes.items()
     }
 
