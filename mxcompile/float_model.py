@@ -1,6 +1,7 @@
 """The float model under calibration: its interpreter, where its weights are read, and its head."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import onnx_ir as ir
@@ -17,6 +18,21 @@ Feed: TypeAlias = Mapping[str, Tensor]
 LOGITS: Final = graph.LOGITS
 POINTWISE: Final = ("Add", "Cast", "Div", "Identity", "Mul", "Sub", "Tanh")
 """What may stand between the head and the logits."""
+SHAPES: Final = ("Shape", "Size")
+"""What reads nothing of a value but how large it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of the graph, behind which one value stands for all before it.
+
+    Attributes:
+        start: That value of the segment before; None for the first segment.
+        ends: What is read of this one: the start of the next, or what is fetched.
+    """
+
+    start: str | None
+    ends: Sequence[str]
 
 
 class FloatModel:
@@ -29,6 +45,9 @@ class FloatModel:
         outputs: The names of the outputs that are compared: all but the caches.
         head: The linear layer behind the logits, where nothing but position-wise operators follow.
         caches: Where keys and values are cached.
+        segments: The graph in pieces that run one after the other, such as halves of a layer.
+        constants: What the pieces read besides that no weight and no floating input has a part in,
+            such as masks.
     """
 
     def __init__(self, model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> None:
@@ -38,6 +57,7 @@ class FloatModel:
         self.outputs = [graph.name(v) for v in model.graph.outputs if not _is_cache(v)]
         self.head = find_head(model, uses)
         self.caches = caches.find(model)
+        self.segments, self.constants = self._cut()
 
     @property
     def hidden(self) -> str | None:
@@ -65,6 +85,35 @@ class FloatModel:
         assert self.hidden is not None
         known = {**(overrides or {}), self.hidden: hidden.unsqueeze(0)}
         return self.interpreter.run({}, overrides=known, fetch=[fetch])[fetch][0]
+
+    def _cut(self) -> tuple[list[Segment], list[str]]:
+        """Cut wherever one value alone goes on, but not twice between two layers."""
+        uses = [use for found in self.uses.values() for use in found]
+        layers = {use.node for use in uses if use.kind != "embedding"}
+        known = {product(use) for use in uses if use.kind == "embedding"}
+        nodes = self.interpreter.needed(self.fetched, known)
+        inputs = self.model.graph.inputs
+        moving = known | {graph.name(v) for v in inputs if v.dtype and v.dtype.is_floating_point()}
+        for node in nodes:
+            if node.op_type not in SHAPES and not moving.isdisjoint(_read(node)):
+                moving.update(graph.name(v) for v in node.outputs)
+        steps = [node for node in nodes if not moving.isdisjoint(map(graph.name, node.outputs))]
+        last = {key: at for at, node in enumerate(steps) for key in _read(node)}
+        made = {graph.name(v) for node in nodes for v in node.outputs}
+        constants = [key for key in last if key in made and key not in moving]
+        last |= dict.fromkeys(self.fetched, len(steps))
+        cuts: list[str] = []
+        alive = known & last.keys()
+        layered = False
+        for at, node in enumerate(steps[:-1]):
+            alive.update(graph.name(v) for v in node.outputs)
+            alive = {key for key in alive if last.get(key, at) > at}
+            layered |= node in layers
+            if layered and len(alive) == 1:
+                cuts.extend(alive)
+                layered = False
+        ends = [[cut] for cut in cuts] + [self.fetched]
+        return [Segment(*s) for s in zip([None, *cuts], ends, strict=True)], constants
 
     def is_layer(self, use: Use) -> bool:
         """Whether a use is neither an embedding nor the head."""
@@ -109,6 +158,11 @@ def patches(x: Tensor, node: ir.Node) -> Tensor:
     # [batch, in, positions..., taps...] to [batch, positions..., in, taps...]
     x = x.permute(0, *range(2, 2 + rank), 1, *range(2 + rank, 2 + 2 * rank))
     return x.flatten(1 + rank).flatten(0, rank)
+
+
+def _read(node: ir.Node) -> list[str]:
+    """The names of what a node reads."""
+    return [graph.name(v) for v in node.inputs if v is not None and v.name]
 
 
 def _is_cache(value: ir.Value) -> bool:

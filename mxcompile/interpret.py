@@ -146,6 +146,11 @@ class Interpreter:
         wanted = self._wanted(fetch, overrides) & affected
         return self._evaluate(overrides, values, wanted, fetch, tap, keep=False)
 
+    def needed(self, fetch: Collection[str], known: Collection[str]) -> list[ir.Node]:
+        """The nodes that compute ``fetch`` when some values are known, in order."""
+        wanted = self._wanted(fetch, known)
+        return [step.node for step in self._steps if step.node in wanted]
+
     def _targets(self, fetch: Collection[str] | None) -> Collection[str]:
         return [name(v) for v in self._graph.outputs] if fetch is None else fetch
 

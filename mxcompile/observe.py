@@ -13,7 +13,7 @@ that was cut off goes on where it was.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -23,7 +23,17 @@ from torch.nn import functional
 
 from mxcompile import caches, graph, workers
 from mxcompile.caches import Cache
-from mxcompile.float_model import LOGITS, Feed, FloatModel, by_position, flat, met, product, source
+from mxcompile.float_model import (
+    LOGITS,
+    Feed,
+    FloatModel,
+    Segment,
+    by_position,
+    flat,
+    met,
+    product,
+    source,
+)
 from mxcompile.formats import ACTIVATION_FORMATS, CACHE_FORMATS, GROUP
 from mxcompile.graph import Use
 from mxcompile.interpret import Values
@@ -142,65 +152,106 @@ class Observer:
 
 
 class _Sample:
-    """The sums over one sample's positions."""
+    """The sums over one sample's positions.
+
+    With gradients a first run keeps what segments begin with; then each runs again, the last one
+    first, so that only one is in memory with all its values (arXiv 1604.06174).
+    """
 
     def __init__(self, watched: FloatModel, index: int, *, gradients: bool) -> None:
         self.watched = watched
         self.index = index
         self.gradients = gradients
         self.sums: dict[str, Tensor] = {}
-        self._before_head: dict[str, Tensor] = {}
         self._uses = {product(u): u for found in watched.uses.values() for u in found}
+        self._lookups = {k: u for k, u in self._uses.items() if u.kind == "embedding"}
 
     def run(self, feed: Feed) -> dict[str, Tensor]:
         """Run the model, and give the sums."""
-        run = self.watched.interpreter.run
-        lookups = {k: u for k, u in self._uses.items() if u.kind == "embedding"}
+        run, segments = self.watched.interpreter.run, self.watched.segments
         with torch.no_grad():
             # Indices too, which need not be inputs: nothing computes them where a lookup is known.
-            found = run(feed, fetch=[*lookups, *map(source, lookups.values())])
-        leaves = {k: found[k] for k in lookups}
-        if self.gradients:
-            leaves |= {k: v for k, v in feed.items() if v.is_floating_point()}
-            leaves = {k: v.clone().requires_grad_() for k, v in leaves.items()}
-        with torch.set_grad_enabled(self.gradients):
-            values = run(feed, overrides=leaves, fetch=self.watched.fetched, keep=True)
-            slopes = self._slopes(values) if self.gradients else {}
+            indices = map(source, self._lookups.values())
+            found = run(feed, fetch=[*self._lookups, *indices, *self.watched.constants])
+            starts = [s.start for s in segments if s.start is not None]
+            known = run(feed, overrides=found, fetch=starts) if self.gradients else {}
+        back: Values = {}
+        for segment in reversed(segments) if self.gradients else segments:
+            start = {} if segment.start is None else {segment.start: known[segment.start]}
+            given = {**feed, **found, **start}
+            if self.gradients:
+                for key in (*feed, *self._lookups, *start):
+                    if given[key].is_floating_point():
+                        given[key] = given[key].clone().requires_grad_()
+            values, back = self._see(segment, given, back)
+            known |= {k: values[k].detach() for k in segment.ends}
         with torch.no_grad():
-            self._add_layers(values, slopes)
-            self._add_rounding(values, slopes)
-            self._add_embeddings({**found, **values}, slopes)
+            self._add_lookups({**feed, **found})
             if (head := self.watched.head) is not None:
-                hidden = values[source(head)].detach().flatten(0, -2)
-                # The pass behind it is as large as what follows.
-                del values, slopes, leaves, found
-                self._add_head(head, hidden)
+                self._add_head(head, known[source(head)].flatten(0, -2))
         return self.sums
 
-    def _slopes(self, values: Values) -> dict[Use, Tensor]:
-        """The gradients [positions, rows] of a random loss, for every use that feels it."""
-        felt = {
-            use: values[key]
-            for key, use in self._uses.items()
-            if key in values and values[key].requires_grad
-        }
-        ends = [values[k] for k in self.watched.fetched if values[k].requires_grad]
-        if not ends or not felt:
-            return {}
+    def _see(self, segment: Segment, given: Values, back: Values) -> tuple[Values, Values]:
+        """Run a segment on what is known before it; ``back`` are the gradients at its ends.
+
+        Returns its values, and the gradients at its start.
+        """
+        with torch.set_grad_enabled(self.gradients):
+            values = self.watched.interpreter.run(
+                {}, overrides=given, fetch=segment.ends, keep=True
+            )
+            ran = {u: values[k] for k, u in self._uses.items() if k in values.keys() - given.keys()}
+            if self.gradients and segment is self.watched.segments[-1]:
+                back = self._seeds(values)
+            slopes, before = self._slopes(segment, given, values, ran, back)
+        with torch.no_grad():
+            self._add_layers(values, ran, slopes)
+            self._add_rounding(values, slopes, back)
+        return values, before
+
+    def _slopes(
+        self,
+        segment: Segment,
+        given: Values,
+        values: Values,
+        ran: Mapping[Use, Tensor],
+        back: Values,
+    ) -> tuple[dict[Use, Tensor], Values]:
+        """The gradients [positions, rows] of every use that feels the loss, and at the start."""
+        ends = [k for k in segment.ends if k in back]
+        lookups = {use: given[key] for key, use in self._lookups.items()}
+        felt = {use: y for use, y in {**lookups, **ran}.items() if y.requires_grad}
         kept = {
-            cache: values[cache.rounded]
+            cache: x
             for cache in self.watched.caches
-            if cache.rounded in values and values[cache.rounded].requires_grad
+            if cache.rounded not in given
+            and (x := values.get(cache.rounded)) is not None
+            and x.requires_grad
         }
+        start = [given[k] for k in (segment.start,) if k is not None and given[k].requires_grad]
+        ways = [*felt.values(), *kept.values(), *start]
+        if not ends or not ways:
+            return {}, {}
+        found = torch.autograd.grad(
+            [values[k] for k in ends], ways, [back[k] for k in ends], allow_unused=True
+        )
+        self._add_caches(kept, found[len(felt) : len(felt) + len(kept)])
+        slopes = {
+            use: by_position(slope, use)
+            for use, slope in zip(felt, found, strict=False)
+            if slope is not None
+        }
+        for key, use in self._lookups.items():
+            if (slope := slopes.get(use)) is not None:
+                self._add(f"slopes {key}", slope.square().sum(0))
+        before = found[-1] if start else None
+        return slopes, {segment.start: before} if segment.start and before is not None else {}
+
+    def _seeds(self, values: Values) -> Values:
+        """Random gradients at what is fetched, as far as a gradient goes on from there."""
+        ends = {k: values[k] for k in self.watched.fetched if values[k].requires_grad}
         generator = torch.Generator().manual_seed(self.index)
-        seeds = [self._seed(end.detach(), generator) / len(ends) ** 0.5 for end in ends]
-        if self.watched.hidden is not None:
-            self._before_head = {self.watched.hidden: seeds[0].flatten(0, -2)}
-        ways = [*felt.values(), *kept.values()]
-        found = torch.autograd.grad(ends, ways, seeds, allow_unused=True)
-        self._add_caches(kept, found[len(felt) :])
-        slopes = zip(felt, found, strict=False)
-        return {u: by_position(s, u) for u, s in slopes if s is not None}
+        return {k: self._seed(y.detach(), generator) / len(ends) ** 0.5 for k, y in ends.items()}
 
     def _seed(self, end: Tensor, generator: torch.Generator) -> Tensor:
         """A random gradient at an output, whose expected square is the harm of errors there.
@@ -229,10 +280,12 @@ class _Sample:
         """Every so many of a sample's positions, others in the next sample."""
         return torch.arange(self.index % min(HEAD_STRIDE, count), count, HEAD_STRIDE)
 
-    def _add_layers(self, values: Values, slopes: Mapping[Use, Tensor]) -> None:
+    def _add_layers(
+        self, values: Values, ran: Collection[Use], slopes: Mapping[Use, Tensor]
+    ) -> None:
         groups: dict[str, list[Use]] = {}
-        for use in self._uses.values():
-            if self.watched.is_layer(use) and source(use) in values:
+        for use in ran:
+            if self.watched.is_layer(use):
                 groups.setdefault(met(use), []).append(use)
         for key, uses in groups.items():
             x = flat(values[source(uses[0])], uses[0])
@@ -248,19 +301,19 @@ class _Sample:
             step = -(-len(x) // PATCHES) if uses[0].kind == "conv" else 1
             self._add_moment(key, x[::step], weights[::step])
 
-    def _add_rounding(self, values: Values, slopes: Mapping[Use, Tensor]) -> None:
+    def _add_rounding(self, values: Values, slopes: Mapping[Use, Tensor], back: Values) -> None:
         """Sum up the harm of rounding what linear layers read: ``(dL/dx)**2 step**2 / 12``.
 
         The gradient is that of the product alone: what else reads ``x`` reads it unrounded.
         """
-        felt: dict[str, Tensor] = dict(self._before_head)
+        felt = {k: slope.flatten(0, -2) for k, slope in back.items() if k == self.watched.hidden}
         for unit, uses in self.watched.uses.items():
             for use in uses:
                 if use.kind != "linear" or (slope := slopes.get(use)) is None:
                     continue
                 weight = self.watched.interpreter.run({}, fetch=[unit])[unit]
-                key, back = source(use), slope @ weight
-                felt[key] = felt[key] + back if key in felt else back
+                key, through = source(use), slope @ weight
+                felt[key] = felt[key] + through if key in felt else through
         for key, slope in felt.items():
             x = values[key].reshape(slope.shape)
             self._add(f"rounding {key}", (slope.square() * _variance(x)).sum())
@@ -280,17 +333,15 @@ class _Sample:
                     harm = torch.tensor(float(np.square(error, dtype=np.float64).sum()))
                     self._add(f"cache {cache.name} {fmt}", harm)
 
-    def _add_embeddings(self, values: Values, slopes: Mapping[Use, Tensor]) -> None:
+    def _add_lookups(self, values: Values) -> None:
         for unit, uses in self.watched.uses.items():
             for use in uses:
-                if use.kind != "embedding" or source(use) not in values:
+                if use.kind != "embedding":
                     continue
                 rows = graph.matrix_shape(self.watched.model.graph.initializers[unit])[0]
                 ids = values[source(use)].flatten() % rows
                 self._add(f"rows {product(use)}", torch.bincount(ids, minlength=rows).float())
                 self._add(f"count {product(use)}", torch.tensor(float(len(ids))))
-                if (slope := slopes.get(use)) is not None:
-                    self._add(f"slopes {product(use)}", slope.square().sum(0))
 
     def _add_head(self, head: Use, hidden: Tensor) -> None:
         for part in torch.split(hidden[self._labelled(len(hidden))], LOGIT_ROWS):

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from mxcompile import caches, calibrate, graph, observe, statistics
 from mxcompile.calibrate import Draft
-from mxcompile.float_model import Feed, FloatModel, patches
+from mxcompile.float_model import Feed, FloatModel, Segment, patches
 from mxcompile.formats import CACHE_FORMATS, FORMATS, CacheFormat
 from mxcompile.interpret import Interpreter
 from mxcompile.observe import Observer
@@ -293,6 +293,86 @@ def test_positions_count_by_their_gradients(language_model: ir.Model, tokens: np
     torch.testing.assert_close(
         torch.from_numpy(use.rows), slope.square().mean(0), rtol=1e-3, atol=1e-9
     )
+
+
+DEEP = """
+g (int64[batch, seq] input_ids, int64[batch, total] attention_mask,
+   float[batch, 2, past, 4] past_key_values) => (float[batch, seq, 200] logits) {
+    two = Constant<value_ints = [2]>()
+    end = Constant<value_ints = [3]>()
+    one = Constant<value = float {1}>()
+    e = Gather(embedding, input_ids)
+    size = Shape(past_key_values)
+    past = Slice(size, two, end)
+    p = Cast<to = 1>(past)
+    m = Add(p, one)
+    a1 = mxcompile.Linear(e, first)
+    b1 = Mul(a1, m)
+    c1 = Sigmoid(b1)
+    d1 = mxcompile.Linear(c1, second)
+    s1 = Add(e, d1)
+    n1 = RMSNormalization(s1, norm)
+    a2 = mxcompile.Linear(n1, third)
+    b2 = Mul(a2, m)
+    c2 = Sigmoid(b2)
+    d2 = mxcompile.Linear(c2, fourth)
+    s2 = Add(n1, d2)
+    n2 = RMSNormalization(s2, norm)
+    logits = mxcompile.Linear(n2, embedding)
+}
+"""
+"""A layer that normalizes before its sum is read on, one that does so behind it, and a value from
+shapes that both read."""
+
+
+def deep_language_model() -> ir.Model:
+    square = {
+        name: random(WIDTH, WIDTH, seed=seed, scale=0.3)
+        for seed, name in enumerate(("first", "second", "third", "fourth"))
+    }
+    return build(
+        DEEP + LINEAR,
+        embedding=random(VOCABULARY, WIDTH, seed=5),
+        norm=np.ones(WIDTH, np.float32),
+        **square,
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "starts", "constants"),
+    [
+        (tied_language_model(), ["s"], []),
+        (deep_language_model(), ["s1", "s2"], ["m"]),
+        (
+            build(
+                CONVOLUTIONS.replace("1, 4,", "1, 32,"),
+                first=random(32, 32, 3, 3, seed=0),
+                second=random(16, 32, 3, 3, seed=1),
+            ),
+            ["c"],
+            [],
+        ),
+    ],
+)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_segments_see_what_the_whole_graph_does(
+    model: ir.Model, starts: list[str], constants: list[str], gradients: bool
+) -> None:
+    watched, whole = (FloatModel(model, graph.uses(model)) for _ in range(2))
+    assert [s.start for s in watched.segments] == [None, *starts]
+    assert watched.constants == constants
+    whole.segments = [Segment(None, whole.fetched)]
+    if model.graph.inputs[0].name == "x":
+        feed: Feed = {"x": torch.from_numpy(random(1, 32, 9, 9, seed=2))}
+    else:
+        feed = token_feeds(model, np.arange(40)[None])[0]
+    observers = [Observer(each, gradients=gradients) for each in (watched, whole)]
+    for observer in observers:
+        list(observer.see([feed]))
+    found, expected = (observer.sums for observer in observers)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-9, msg=key)
 
 
 def test_layers_that_share_an_input_share_its_moment(found: Statistics) -> None:
