@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 from contenders import MIXED, UNIFORM, Workshop, fitting, interpolated
 from plot import Series, plot
 
-from mxcompile import evaluate, progress
+from mxcompile import evaluate, memory, progress
 from mxcompile.activations import AUTO, CHOICES
 from mxcompile.files import whole
 from mxcompile.runtime import Program
@@ -130,6 +130,8 @@ def measure(
         reference = evaluate.OnnxSource(args.model)
         figures = evaluate.compare_all(reference, [c.open() for c in batch], texts, watch)
         kept.add({key(c): {n: f[n] for n in FIGURES} for c, f in zip(batch, figures, strict=True)})
+        del reference
+        memory.release()
     about = {"model": args.model.stem, "text": text.stem}
     return [
         {**about, "system": c.system, "scheme": c.scheme, **c.size, **kept.rows[key(c)]}

@@ -7,6 +7,7 @@ names. A table that is both embedding and head gets that of the head. Needs llam
 """
 
 import ctypes
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -140,6 +141,13 @@ def size(path: Path) -> dict[str, float]:
     return {"bytes": total, "bits_per_weight": 8 * total / sum(int(t.n_elements) for t in tensors)}
 
 
+def _free(model: Any, context: Any, batch: Any) -> None:
+    """Free what llama.cpp holds for a source."""
+    llama_cpp.llama_batch_free(batch)
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)
+
+
 class LlamaSource:
     """A GGUF in llama.cpp as a source of logits."""
 
@@ -159,6 +167,7 @@ class LlamaSource:
         params.n_threads = params.n_threads_batch = cores()
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         self._batch = llama_cpp.llama_batch_init(step, 0, 1)
+        weakref.finalize(self, _free, self._model, self._context, self._batch)
 
     def logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Run the model from an empty context."""
