@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; gives the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     verbose = bool({"-v", "--verbose"} & set(words))
+    # Threads of torch that wait for each other give way. Where they spin, and another process has a
+    # CPU, each operator takes until the system's next turn: minutes where this takes seconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A job that is told to end cleans up after itself, as it does after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

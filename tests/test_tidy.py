@@ -25,9 +25,9 @@ def names(tree: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
 def test_the_library_has_no_hidden_inputs_and_does_not_print(path: Path) -> None:
     found = set(names(ast.parse(path.read_text())))
-    assert not found & {"os.environ", "os.getenv", "os.putenv", "environ", "getenv"}
-    if path.name != "cli.py":
-        assert not found & {"print", "sys.stdout"}
+    assert not found & {"os.getenv", "os.putenv", "environ", "getenv"}
+    if path.name != "cli.py":  # which prints, and tells torch's threads how to wait
+        assert not found & {"print", "sys.stdout", "os.environ"}
 
 
 def test_readme_names_every_module() -> None:
