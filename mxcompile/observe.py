@@ -183,8 +183,8 @@ class _Sample:
                 for key in (*feed, *self._lookups, *start):
                     if given[key].is_floating_point():
                         given[key] = given[key].clone().requires_grad_()
-            values, back = self._see(segment, given, back)
-            known |= {k: values[k].detach() for k in segment.ends}
+            ends, back = self._see(segment, given, back)
+            known |= ends
         with torch.no_grad():
             self._add_lookups({**feed, **found})
             if (head := self.watched.head) is not None:
@@ -194,7 +194,7 @@ class _Sample:
     def _see(self, segment: Segment, given: Values, back: Values) -> tuple[Values, Values]:
         """Run a segment on what is known before it; ``back`` are the gradients at its ends.
 
-        Returns its values, and the gradients at its start.
+        Returns what its ends are, and the gradients at its start.
         """
         with torch.set_grad_enabled(self.gradients):
             values = self.watched.interpreter.run(
@@ -207,7 +207,7 @@ class _Sample:
         with torch.no_grad():
             self._add_layers(values, ran, slopes)
             self._add_rounding(values, slopes, back)
-        return values, before
+        return {k: values[k].detach() for k in segment.ends}, before
 
     def _slopes(
         self,
@@ -228,24 +228,26 @@ class _Sample:
             and (x := values.get(cache.rounded)) is not None
             and x.requires_grad
         }
-        start = [given[k] for k in (segment.start,) if k is not None and given[k].requires_grad]
-        ways = [*felt.values(), *kept.values(), *start]
+        start = {k: x for k, x in given.items() if k == segment.start and x.requires_grad}
+        ways = [*felt.values(), *kept.values(), *start.values()]
         if not ends or not ways:
             return {}, {}
         found = torch.autograd.grad(
             [values[k] for k in ends], ways, [back[k] for k in ends], allow_unused=True
         )
-        self._add_caches(kept, found[len(felt) : len(felt) + len(kept)])
+        at_uses, rest = found[: len(felt)], found[len(felt) :]
+        at_caches, at_start = rest[: len(kept)], rest[len(kept) :]
+        self._add_caches(kept, at_caches)
         slopes = {
             use: by_position(slope, use)
-            for use, slope in zip(felt, found, strict=False)
+            for use, slope in zip(felt, at_uses, strict=True)
             if slope is not None
         }
         for key, use in self._lookups.items():
             if (slope := slopes.get(use)) is not None:
                 self._add(f"slopes {key}", slope.square().sum(0))
-        before = found[-1] if start else None
-        return slopes, {segment.start: before} if segment.start and before is not None else {}
+        before = {k: g for k, g in zip(start, at_start, strict=True) if g is not None}
+        return slopes, before
 
     def _seeds(self, values: Values) -> Values:
         """Random gradients at what is fetched, as far as a gradient goes on from there."""
