@@ -78,15 +78,12 @@ class Observer:
         def look(index: int, feed: Feed) -> dict[str, Tensor]:
             return _Sample(self.watched, index, gradients=self.gradients).run(feed)
 
-        pool = workers.pool()
-        try:
+        with workers.pool() as pool:
             for sums in pool.map(look, itertools.count(self.seen), feeds):
                 for key, value in sums.items():
                     self.sums[key] = self.sums[key].add_(value) if key in self.sums else value
                 self.seen += 1
                 yield
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def statistics(self) -> Statistics:
         """The means, with the factors that gradients give; without gradients these are 1."""

@@ -12,6 +12,9 @@ LIBRARY = sorted(
     path for part in ("mxcompile", "passes", "targets") for path in (ROOT / part).glob("*.py")
 )
 
+WAITING = 'os.environ.setdefault("OMP_WAIT_POLICY", "passive")'
+"""What the command line tells torch's threads: no input, and the only word of the environment."""
+
 
 def names(tree: ast.AST) -> Iterator[str]:
     """Every name and attribute that is read, as far as it is dotted."""
@@ -24,10 +27,13 @@ def names(tree: ast.AST) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
 def test_the_library_has_no_hidden_inputs_and_does_not_print(path: Path) -> None:
-    found = set(names(ast.parse(path.read_text())))
-    assert not found & {"os.getenv", "os.putenv", "environ", "getenv"}
-    if path.name != "cli.py":  # which prints, and tells torch's threads how to wait
-        assert not found & {"print", "sys.stdout", "os.environ"}
+    text = path.read_text()
+    if path.name == "cli.py":
+        text = text.replace(WAITING, "", 1)
+    found = set(names(ast.parse(text)))
+    assert not found & {"os.environ", "os.getenv", "os.putenv", "environ", "getenv"}
+    if path.name != "cli.py":
+        assert not found & {"print", "sys.stdout"}
 
 
 def test_readme_names_every_module() -> None:
