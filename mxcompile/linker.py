@@ -5,18 +5,24 @@ machine will do: this machine's own, a cross-compiler of the system, or Zig's fr
 index, which carries all it needs.
 """
 
+import importlib.resources
 import importlib.util
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Final, Literal
 
 from mxcompile.errors import UsageError
 
 GLIBC: Final = "2.28"
 """What a device must have at least, where Zig links; TVM's wheels ask for the same."""
+
+_SOURCE: Final = Path(str(importlib.resources.files("mxcompile.targets"))) / "threads.c"
+_THREADS: Final = ("-O2", "-fPIC", "-fvisibility=hidden")
 
 _WORK: Final = {"cc": "links", "c++": "compiles C++"}
 
@@ -42,12 +48,14 @@ def find(triple: str, language: Literal["cc", "c++"] = "cc") -> list[str]:
 
 
 def link(triple: str, output: str, objects: Sequence[str]) -> None:
-    """Link object files to a shared library.
+    """Link object files, and the threads that run their parallel loops, to a shared library.
 
     Raises:
         UsageError: nothing here can, or it fails.
     """
-    command = [*find(triple), "-shared", "-o", output, *objects, "-lm"]
+    headers = metadata.distribution("apache-tvm-ffi").locate_file("tvm_ffi/include")
+    threads = [*_THREADS, "-isystem", str(headers), "-x", "c", str(_SOURCE), "-x", "none"]
+    command = [*find(triple), "-shared", *threads, "-o", output, *objects, "-lm", "-pthread"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
