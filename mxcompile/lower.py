@@ -6,7 +6,7 @@ kernel templates, everything else Relax operators that TVM fuses and our schedul
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from mxcompile.errors import MxError, UnsupportedError
 from mxcompile.formats import CACHE_FORMATS, FORMATS, ActivationFormat
 from mxcompile.knobs import Choice
 from mxcompile.passes.fuse_residual import RESIDUAL_NORM, epsilon, rounded_format
+from mxcompile.passes.fuse_rotary import ROTARY_ATTENTION
 from mxcompile.passes.kv_cache import NO_WINDOW
 from mxcompile.passes.quantize_activations import activation_format
 from mxcompile.pipeline import Context
@@ -609,49 +610,151 @@ def _rotary(builder: _Builder, node: ir.Node) -> Expr:
     heads = int(node.attributes.get_int("num_heads", 0) or 0)
     if not heads or node.attributes.get_int("interleaved", 0) != 0 or len(node.inputs) > 3:
         raise UnsupportedError(f"{graph.describe(node)}: this form of it is not supported")
-    x, columns = builder.source(node.inputs[0])
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    assert shape is not None
-    width = int(shape[-1])  # type: ignore[arg-type]
+    source = builder.source(node.inputs[0])
+    dim = _width(node.inputs[0]) // heads
     rotated = int(node.attributes.get_int("rotary_embedding_dim", 0) or 0)
-    knobs = (heads, width // heads, rotated, columns)
-    cos, sin = (builder.tensor(v) for v in node.inputs[1:3])
-    kernel = builder.kernel(builder.kernels.attention.rotary, *knobs)
-    return builder.call(kernel, [x, cos, sin], (*shape_of(x)[:-1], width))
+    angles = [builder.tensor(v) for v in node.inputs[1:3]]
+    return _turned(builder, source, heads, dim, rotated, angles)
+
+
+def _width(value: ir.Value | None) -> int:
+    assert value is not None and value.shape is not None
+    return int(value.shape[-1])  # type: ignore[arg-type]
+
+
+def _turned(
+    builder: _Builder,
+    source: tuple[Expr, cpu_norm.Columns],
+    heads: int,
+    dim: int,
+    rotated: int,
+    angles: Sequence[Expr],
+) -> Expr:
+    x, columns = source
+    kernel = builder.kernel(builder.kernels.attention.rotary, heads, dim, rotated, columns)
+    return builder.call(kernel, [x, *angles], (*shape_of(x)[:-1], heads * dim))
 
 
 def _cached_attention(builder: _Builder, node: ir.Node) -> list[Any]:
     """Append to the caches in place, then attend to them."""
-    scope, attributes = builder.scope, node.attributes
-    (q, q_at), (k, k_at), (v, v_at) = (builder.source(x) for x in node.inputs[:3])
-    past, *parts = (scope.tensor(x) for x in node.inputs[3:])
-    key, value = (CACHE_FORMATS[name] for name in node.overload.split("_"))
-    caches = cpu_attention.Caches(key, value)
+    q, k, v = (builder.source(x) for x in node.inputs[:3])
+    past, *parts = (builder.scope.tensor(x) for x in node.inputs[3:])
+    attention, caches = _attention_of(node), _caches_of(node)
+    kept = _appended(builder, attention, caches, k, v, past, parts)
+    return [_attended(builder, attention, caches, q, past, kept), *kept]
+
+
+def _rotary_attention(builder: _Builder, node: ir.Node) -> list[Any]:
+    """Turn queries and keys, append to the caches in place, then attend to them."""
+    attributes = node.attributes
+    eps = float(attributes["epsilon"].as_float()) if "epsilon" in attributes else None
+    rotation = cpu_attention.Rotation(attributes["rotary_embedding_dim"].as_int(), eps)
+    q, k, v = (builder.source(x) for x in node.inputs[:3])
+    angles = [builder.tensor(x) for x in node.inputs[3:5]]
+    count = 0 if eps is None else 2
+    weights = [builder.constant(x) for x in node.inputs[5 : 5 + count]]
+    past, *parts = (builder.scope.tensor(x) for x in node.inputs[5 + count :])
+    attention, caches = _attention_of(node), _caches_of(node)
+    flat = (*shape_of(q[0])[:-1], attention.heads * attention.dim)
+    placed = replace(attention, q=q[1], k=k[1], v=v[1])
+    kernel = builder.kernel(builder.kernels.attention.rotate, placed, caches, rotation)
+    if kernel is not None:
+        args = [q[0], k[0], v[0], *angles, *weights, past, *parts]
+        first = len(args) - len(parts)
+        both = [*(p.ty for p in parts), relax.TensorType(flat, "float32")]
+        *kept, turned = _in_place(builder, kernel, args, [*range(first, len(args)), -1], both)
+    else:
+        if eps is not None:
+            q, k = (
+                _head_norm(builder, x, heads, attention.dim, weight, eps)
+                for x, heads, weight in zip(
+                    (q, k), (attention.heads, attention.kv_heads), weights, strict=True
+                )
+            )
+        turned, keys = (
+            _turned(builder, x, heads, attention.dim, rotation.rotated, angles)
+            for x, heads in ((q, attention.heads), (k, attention.kv_heads))
+        )
+        kept = _appended(builder, attention, caches, _all(keys), v, past, parts)
+    return [_attended(builder, attention, caches, _all(turned), past, kept), *kept]
+
+
+def _attention_of(node: ir.Node) -> cpu_attention.Attention:
+    attributes = node.attributes
     heads, kv_heads = (int(attributes[n].as_int()) for n in ("num_heads", "kv_num_heads"))
-    source = node.inputs[0]
-    assert source is not None and source.shape is not None
-    dim = int(source.shape[-1]) // heads  # type: ignore[arg-type]
     window = int(attributes["window"].as_int())
-    attention = cpu_attention.Attention(
+    return cpu_attention.Attention(
         heads,
         kv_heads,
-        dim,
+        _width(node.inputs[0]) // heads,
         attributes["scale"].as_float(),
         window=0 if window == NO_WINDOW else window,
         softcap=attributes["softcap"].as_float(),
-        q=q_at,
-        k=k_at,
-        v=v_at,
     )
-    append = builder.kernel(builder.kernels.attention.append, attention, caches)
+
+
+def _caches_of(node: ir.Node) -> cpu_attention.Caches:
+    key, value = (CACHE_FORMATS[name] for name in node.overload.split("_")[:2])
+    return cpu_attention.Caches(key, value)
+
+
+def _all(tensor: Expr) -> tuple[Expr, cpu_norm.Columns]:
+    """All columns of a tensor."""
+    return tensor, cpu_norm.Columns(int(shape_of(tensor)[-1]))
+
+
+def _head_norm(
+    builder: _Builder,
+    source: tuple[Expr, cpu_norm.Columns],
+    heads: int,
+    dim: int,
+    weight: Expr,
+    eps: float,
+) -> tuple[Expr, cpu_norm.Columns]:
+    x, columns = source
+    runs = cpu_norm.Runs(dim, heads, 3, columns)
+    kernel = builder.kernel(builder.kernels.norm.rms_norm, runs, eps)
+    return _all(builder.call(kernel, [x, weight], (*shape_of(x)[:-1], heads * dim)))
+
+
+def _appended(
+    builder: _Builder,
+    attention: cpu_attention.Attention,
+    caches: cpu_attention.Caches,
+    k: tuple[Expr, cpu_norm.Columns],
+    v: tuple[Expr, cpu_norm.Columns],
+    past: Expr,
+    parts: Sequence[Expr],
+) -> list[Expr]:
+    """The caches with new keys and values."""
+    placed = replace(attention, k=k[1], v=v[1])
+    append = builder.kernel(builder.kernels.attention.append, placed, caches)
     places = list(range(3, 3 + len(parts)))
-    kept = scope.emit(
-        relax.op.call_tir_inplace(append, [k, v, past, *parts], places, [p.ty for p in parts])
-    )
-    parts = [scope.emit(relax.TupleGetItem(kept, i)) for i in range(len(parts))]
-    attend = builder.kernel(builder.kernels.attention.attend, attention, caches)
-    out = builder.call(attend, [q, past, *parts], (*shape_of(q)[:-1], heads * dim))
-    return [out, *parts]
+    args = [k[0], v[0], past, *parts]
+    return _in_place(builder, append, args, places, [p.ty for p in parts])
+
+
+def _in_place(
+    builder: _Builder, kernel: Any, args: list[Expr], places: list[int], types: list[Any]
+) -> list[Expr]:
+    """Call a kernel that writes to arguments; a place of -1 is a new tensor."""
+    emit = builder.scope.emit
+    found = emit(relax.op.call_tir_inplace(kernel, args, places, types))
+    return [emit(relax.TupleGetItem(found, i)) for i in range(len(types))]
+
+
+def _attended(
+    builder: _Builder,
+    attention: cpu_attention.Attention,
+    caches: cpu_attention.Caches,
+    q: tuple[Expr, cpu_norm.Columns],
+    past: Expr,
+    parts: Sequence[Expr],
+) -> Expr:
+    placed = replace(attention, q=q[1])
+    attend = builder.kernel(builder.kernels.attention.attend, placed, caches)
+    shape = (*shape_of(q[0])[:-1], attention.heads * attention.dim)
+    return builder.call(attend, [q[0], past, *parts], shape)
 
 
 def _attention(builder: _Builder, node: ir.Node) -> Expr:
@@ -695,6 +798,7 @@ FUSED: Final[Mapping[tuple[str, str], Callable[[_Builder, ir.Node], Any]]] = {
     (graph.DOMAIN, "Linear"): _linear,
     (graph.DOMAIN, RESIDUAL_NORM): _residual_norm,
     (graph.DOMAIN, "CachedAttention"): _cached_attention,
+    (graph.DOMAIN, ROTARY_ATTENTION): _rotary_attention,
     ("", "Attention"): _attention,
     ("", "LayerNormalization"): _norm,
     ("", "RMSNormalization"): _norm,

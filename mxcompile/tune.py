@@ -52,7 +52,6 @@ REPEATS: Final = 15
 _KERNELS: Final = {
     "RMSNormalization": 1,
     "LayerNormalization": 1,
-    "RotaryEmbedding": 1,
     "Attention": 2,
     "Softmax": 1,
     "Gelu": 1,
@@ -60,7 +59,8 @@ _KERNELS: Final = {
     "Add": 1,
     "Gather": 1,
 }
-"""The kernels that operators call; appending to a cache is one besides attention itself."""
+"""The kernels that operators call; appending to a cache, with what turns its keys, is one besides
+attention itself."""
 
 
 class Measurer(Protocol):

@@ -16,6 +16,7 @@ REGISTRY: Final = {
     "sort-neurons": "mxcompile.passes.sort_neurons:SortNeurons",
     "select-logits": "mxcompile.passes.select_logits:SelectLogits",
     "fuse-residual": "mxcompile.passes.fuse_residual:FuseResidual",
+    "fuse-rotary": "mxcompile.passes.fuse_rotary:FuseRotary",
 }
 
 FRONT: Final = "canonicalize,flatten-attention"
@@ -27,5 +28,5 @@ ARRANGE: Final = "scale-columns,sort-vocabulary,sort-neurons"
 QUANTIZE: Final = "annotate,quantize-weights,quantize-activations,quantize-caches"
 """The plan becomes standard Quantize/DequantizeLinear nodes; the result is what is emitted."""
 
-FUSE: Final = "fuse-qdq,kv-cache,select-logits,fuse-residual"
+FUSE: Final = "fuse-qdq,kv-cache,select-logits,fuse-residual,fuse-rotary"
 """What the lowering takes: fused mixed-bit operators, caches updated in place."""

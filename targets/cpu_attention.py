@@ -36,7 +36,10 @@ from mxcompile.targets.cpu_norm import (
     load,
     param,
     prefetch,
+    reader,
     registers,
+    rms_factor,
+    scaled,
     scratch,
     splat,
     spread,
@@ -111,6 +114,18 @@ class Caches:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotation:
+    """What is done to the heads of queries and keys before they meet.
+
+    The first ``rotated`` columns (0: all) are turned by their position's angles, after an RMS norm
+    over the columns of a head if ``eps`` is a number.
+    """
+
+    rotated: int = 0
+    eps: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Mask:
     """A mask (batch, heads or 1, queries or 1, keys): float32 is added, bool true keeps a key."""
 
@@ -173,17 +188,72 @@ def append(attention: Attention, caches: Caches, simd: Simd) -> tirx.PrimFunc:
             b, i, h = unravel(index, [batch, seq, int64(a.kv_heads)])
             place = (b, h, hold(past[0] + i))
             for new, at, fmt, parts in ((k, a.k, caches.key, keys), (v, a.v, caches.value, values)):
-                read = _rows(new, b, at, h, a.dim)(i, 0)
-                if fmt.scaled:
-                    _encode(a.dim, fmt, read, parts, place, simd)
-                else:
-                    _copy(a.dim, read, parts[0], place, simd)
+                _write_row(a.dim, fmt, _rows(new, b, at, h, a.dim)(i, 0), parts, place, simd)
 
         with T.sblock("root"):
             count = batch * seq * a.kv_heads
             spread(count, count * (2 * a.dim) < SERIAL_FLOATS, one)
 
     return build(body)
+
+
+def rotate(attention: Attention, caches: Caches, rotation: Rotation, simd: Simd) -> tirx.PrimFunc:
+    """Make ``(q, k, v, cos, sin, [q_weight, k_weight,] past, *keys, *values, y)``.
+
+    What ``rotary`` makes of q goes to y (batch, seq, heads * dim), and what it makes of k to the
+    cache, with v, as ``append`` writes them; both are normalized first if the rotation says so.
+    """
+    a, half = attention, (rotation.rotated or attention.dim) // 2
+
+    def body() -> None:
+        batch, seq, longest = symbol("batch"), symbol("seq"), symbol("longest")
+        q = param("q", (batch, seq, _columns(a.q, a.heads, a.dim).width))
+        k = param("k", (batch, seq, _columns(a.k, a.kv_heads, a.dim).width))
+        v = param("v", (batch, seq, _columns(a.v, a.kv_heads, a.dim).width))
+        cos, sin = (param(name, (batch, seq, half)) for name in ("cos", "sin"))
+        weights: list[Any] = [None, None]
+        if rotation.eps is not None:
+            weights = [param(name, (a.dim,)) for name in ("q_weight", "k_weight")]
+        past = param("past", (1,), "int64")
+        keys, values = caches.declare(a, batch, longest)
+        y = param("y", (batch, seq, a.heads * a.dim))
+
+        def turned(b: Expr, i: Expr, read: Read, weight: Any, write: Write) -> None:
+            if rotation.eps is not None:
+                factor = rms_factor(read, a.dim, rotation.eps, simd)
+                read = scaled(read, factor, weight)
+            _turn(a.dim, half, read, [reader(angles, b, i) for angles in (cos, sin)], write, simd)
+
+        def one(index: Expr) -> None:
+            b, i, h = unravel(index, [batch, seq, int64(a.heads + a.kv_heads)])
+            with T.If(h < a.heads):
+                with T.Then():
+                    read, write = _rows(q, b, a.q, h, a.dim)(i, 0), _writer(y, b, h, a.dim)(i, 0)
+                    turned(b, i, read, weights[0], write)
+                with T.Else():
+                    head = hold(h - a.heads)
+                    place, row = (b, head, hold(past[0] + i)), scratch(a.dim)
+                    read = _rows(k, b, a.k, head, a.dim)(i, 0)
+                    turned(b, i, read, weights[1], lambda c, value: store(row, value, c))
+                    _write_row(a.dim, caches.key, reader(row), keys, place, simd)
+                    read = _rows(v, b, a.v, head, a.dim)(i, 0)
+                    _write_row(a.dim, caches.value, read, values, place, simd)
+
+        with T.sblock("root"):
+            count = batch * seq * (a.heads + a.kv_heads)
+            spread(count, count * a.dim < SERIAL_FLOATS, one)
+
+    return build(body)
+
+
+def _write_row(
+    dim: int, fmt: CacheFormat, read: Read, parts: list[Any], place: Sequence[Expr], simd: Simd
+) -> None:
+    """Write a row to a place of a cache."""
+    if fmt.scaled:
+        _encode(dim, fmt, read, parts, place, simd)
+    else:
+        _copy(dim, read, parts[0], place, simd)
 
 
 def _copy(dim: int, read: Read, cache: Any, place: Sequence[Expr], simd: Simd) -> None:
@@ -323,25 +393,33 @@ def rotary(heads: int, dim: int, rotated: int, source: Columns | None, simd: Sim
 
         def one(index: Expr) -> None:
             b, i, h = unravel(index, [batch, seq, int64(heads)])
-            read = _rows(x, b, source, h, dim)(i, 0)
-
-            def turn(c: int | Expr, lanes: int, _: int) -> None:
-                low, high = (hold(read(c + o, lanes)) for o in (0, half))
-                turn_c, turn_s = (hold(load(t, b, i, c, lanes=lanes)) for t in (cos, sin))
-                store(y, low * turn_c - high * turn_s, b, i, h * dim + c)
-                store(y, high * turn_c + low * turn_s, b, i, h * dim + half + c)
-
-            def keep(c: int | Expr, lanes: int, _: int) -> None:
-                store(y, read(c + 2 * half, lanes), b, i, h * dim + 2 * half + c)
-
-            sweep(half, simd, turn, unroll=1)
-            sweep(dim - 2 * half, simd, keep)
+            angles = [reader(each, b, i) for each in (cos, sin)]
+            read, write = _rows(x, b, source, h, dim)(i, 0), _writer(y, b, h, dim)(i, 0)
+            _turn(dim, half, read, angles, write, simd)
 
         with T.sblock("root"):
             count = batch * seq * heads
             spread(count, count * dim < SERIAL_FLOATS, one)
 
     return build(body)
+
+
+def _turn(
+    dim: int, half: int, read: Read, angles: Sequence[Read], write: Write, simd: Simd
+) -> None:
+    """Turn the columns c and c + half of a row by the c-th angle, given as cosine and sine."""
+
+    def turn(c: int | Expr, lanes: int, _: int) -> None:
+        low, high = (hold(read(c + o, lanes)) for o in (0, half))
+        turn_c, turn_s = (hold(angle(c, lanes)) for angle in angles)
+        write(c, low * turn_c - high * turn_s)
+        write(half + c, high * turn_c + low * turn_s)
+
+    def keep(c: int | Expr, lanes: int, _: int) -> None:
+        write(2 * half + c, read(c + 2 * half, lanes))
+
+    sweep(half, simd, turn, unroll=1)
+    sweep(dim - 2 * half, simd, keep)
 
 
 # --- operands ---

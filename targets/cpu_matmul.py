@@ -52,6 +52,7 @@ from mxcompile.targets.cpu_norm import (
     reader,
     registers,
     rms_factor,
+    scaled,
     scratch,
     spread,
     store,
@@ -166,7 +167,7 @@ class MatmulKernel:
 
             def normalized(row: Expr) -> _Columns:
                 read = reader(x, row // s, row % s)
-                return _scaled(read, rms_factor(read, k, eps, Simd(ROW_TILE)), weight)
+                return scaled(read, rms_factor(read, k, eps, Simd(ROW_TILE)), weight)
 
             rounding = self._rounding(codes, k, fmt, normalized)
             spread(b * s, b * s * (k // GROUP) < self.serial_groups, rounding)
@@ -193,7 +194,7 @@ class MatmulKernel:
                 at = row // s, row % s
                 term = reader(added, *at)
                 if inner is not None and inner_eps is not None:
-                    term = _scaled(term, rms_factor(term, k, inner_eps, simd), inner)
+                    term = scaled(term, rms_factor(term, k, inner_eps, simd), inner)
                 read = reader(rest, *at)
 
                 def add(column: int | Expr, lanes: int) -> Expr:
@@ -201,7 +202,7 @@ class MatmulKernel:
                     store(total, value, *at, column)
                     return value
 
-                return _scaled(reader(total, *at), rms_factor(add, k, eps, simd), weight)
+                return scaled(reader(total, *at), rms_factor(add, k, eps, simd), weight)
 
             rounding = self._rounding(codes, k, fmt, normalized)
             spread(b * s, b * s * (k // GROUP) < self.serial_groups, rounding)
@@ -660,11 +661,6 @@ def _reduce(operation: str, vector: Expr) -> Expr:
 
 _Columns = Callable[[int | Expr, int], Expr]
 """Reads some columns of a row, from one on."""
-
-
-def _scaled(x: _Columns, factor: Expr, weight: Any) -> _Columns:
-    """``x * factor * weight``."""
-    return lambda column, lanes: x(column, lanes) * factor * load(weight, column, lanes=lanes)
 
 
 _Sizes = Callable[[Format], Sequence[int]]

@@ -356,6 +356,13 @@ def rms_factor(
     return _deviation(total, size, eps)
 
 
+def scaled(
+    x: Callable[[int | Expr, int], Expr], factor: Expr, weight: Any
+) -> Callable[[int | Expr, int], Expr]:
+    """``x * factor * weight``, by column."""
+    return lambda column, lanes: x(column, lanes) * factor * load(weight, column, lanes=lanes)
+
+
 def layer_norm(runs: Runs, eps: float, simd: Simd) -> tirx.PrimFunc:
     """Make ``(x, weight, bias, y)``: ``y = (x - mean) / sqrt(variance + eps) * weight + bias``."""
 

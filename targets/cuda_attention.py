@@ -18,7 +18,7 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from mxcompile.formats import GROUP, LEAST_SCALE, CacheFormat
-from mxcompile.targets.cpu_attention import Attention, Caches, Mask
+from mxcompile.targets.cpu_attention import Attention, Caches, Mask, Rotation
 from mxcompile.targets.cpu_norm import LOWEST, Columns, int64, param, symbol
 from mxcompile.targets.cuda_block import (
     Block,
@@ -78,6 +78,9 @@ class CudaAttention:
             self._each((batch, seq, int64(a.kv_heads), int64(max(counts))), one)
 
         return build(body)
+
+    def rotate(self, a: Attention, caches: Caches, rotation: Rotation) -> None:
+        """Say that norms, rotary embedding and ``append`` are kernels of their own."""
 
     def rotary(self, heads: int, dim: int, rotated: int, source: Columns | None) -> tirx.PrimFunc:
         """Make ``(x, cos, sin, y)``: turn the first ``rotated`` columns (0: all) of each head."""

@@ -23,7 +23,7 @@ from mxcompile.targets import (
     cuda_binary,
     cuda_schedule,
 )
-from mxcompile.targets.cpu_attention import Attention, Caches, Mask
+from mxcompile.targets.cpu_attention import Attention, Caches, Mask, Rotation
 from mxcompile.targets.cpu_matmul import Instructions, MatmulKernel
 from mxcompile.targets.cpu_norm import Columns, Runs, Simd
 from mxcompile.targets.cuda_attention import CudaAttention
@@ -76,6 +76,12 @@ class AttentionTemplates(Protocol):
 
     def append(self, a: Attention, caches: Caches) -> PrimFunc:
         """Make ``(k, v, past, *keys, *values)``."""
+
+    def rotate(self, a: Attention, caches: Caches, rotation: Rotation) -> PrimFunc | None:
+        """Make ``(q, k, v, cos, sin, [q_weight, k_weight,] past, *keys, *values, y)``.
+
+        None where each step is a kernel.
+        """
 
     def attend(self, a: Attention, caches: Caches) -> PrimFunc:
         """Make ``(q, past, *keys, *values, out)``."""
@@ -135,6 +141,9 @@ class _CpuAttention:
 
     def append(self, a: Attention, caches: Caches) -> PrimFunc:
         return cpu_attention.append(a, caches, self.simd)
+
+    def rotate(self, a: Attention, caches: Caches, rotation: Rotation) -> PrimFunc:
+        return cpu_attention.rotate(a, caches, rotation, self.simd)
 
     def attend(self, a: Attention, caches: Caches) -> PrimFunc:
         return cpu_attention.attend(a, caches, self.simd)

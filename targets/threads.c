@@ -25,11 +25,13 @@ enum {
     EACH = 2,               // pieces for each thread: more of them break up streams of memory
     MOST = 256,             // threads
     CHECK = 32,             // turns of waiting between two looks at the clock
-    SPIN_NS = 200000,       // before a thread that waits sleeps: longer than between two loops
-    LATE = 4,               // times what a piece takes, and SPIN_NS: then its thread has lost its core
+    SPIN_NS = 1000000,      // before a worker sleeps that waits: longer than between two tokens
+    LATE = 4,               // times what a piece takes, and LATE_NS: then its thread has lost its core
+    LATE_NS = 200000,
     CROWDED = 8,            // loops in a row after which a thread that shares a core rests
     CROWDED_NS = 500000,    // what these cost
-    REST = 32               // times as long as it was waited for, a thread rests
+    REST = 8,               // times as long as it was waited for, a thread rests the first time
+    REST_MOST = 32          // and in the end, if it is late again and again
 };
 
 #define APART __attribute__((aligned(64)))  // words that different threads write: a cache line each
@@ -49,6 +51,8 @@ typedef struct {
     uint32_t crowded;  // loops since it last did a piece after which it was on the core that runs them
     uint32_t late;     // whether the loop waits for it
     int64_t until;     // when its rest ends
+    int64_t length;    // of its rest
+    int64_t times;     // so many times as long as it was waited for
 } APART Worker;
 
 static struct {  // the current loop; it changes only while no piece can be taken
@@ -184,7 +188,10 @@ static void employ(int32_t count) {
 }
 
 static void rest(Worker* worker, int64_t time, int64_t cost) {
-    worker->until = time + REST * cost;
+    const int again = time - worker->until < 8 * worker->length;
+    worker->times = !again ? REST : worker->times < REST_MOST ? 2 * worker->times : REST_MOST;
+    worker->length = worker->times * cost;
+    worker->until = time + worker->length;
     SET(worker->crowded, 0);
     SET(worker->resting, 1);
     ++resting;
@@ -208,7 +215,7 @@ static void await(int64_t piece_ns) {
         if (turn % CHECK) continue;
         const int64_t time = now();
         if (start == 0) start = time;
-        if (!late && time - start >= LATE * piece_ns + SPIN_NS) {
+        if (!late && time - start >= LATE * piece_ns + LATE_NS) {
             late = time;
             for (int32_t i = 0; i < working; ++i) workers[i].late = GET(workers[i].busy);
         }

@@ -68,7 +68,7 @@ static void* many_loops(void* seed) {
     unsigned random = (unsigned)(intptr_t)seed;
     for (int loops = 1; loops <= 20000; ++loops) {
         if (loops % 1000 == 1) threads_of_caller = 1 + rand_r(&random) % 5;
-        if (loops % 5000 == 0) usleep(2000);  // longer than threads wait awake
+        if (loops % 5000 == 0) usleep(3000);  // longer than threads wait awake
         check(run(&work_data, rand_r(&random) % 3 ? 0 : 50) == 0, "a loop fails");
         for (int i = 0; i < EXTENT; ++i) check(work_data.seen[i] == loops, "not once each");
     }

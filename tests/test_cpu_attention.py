@@ -17,12 +17,14 @@ from mxcompile.targets.cpu_attention import (
     Attention,
     Caches,
     Mask,
+    Rotation,
     append,
     attend,
     attend_all,
     rotary,
+    rotate,
 )
-from mxcompile.targets.cpu_norm import Columns, Simd
+from mxcompile.targets.cpu_norm import Columns, Runs, Simd, rms_norm
 from tests import arm
 
 Array = NDArray[Any]
@@ -335,3 +337,89 @@ def test_rotary_matches_definition(
         want = np.concatenate([low * c - high * n, high * c + low * n, rest], axis=-1)
         got = run(x, cos, sin).numpy().reshape(want.shape)
         np.testing.assert_allclose(got, want, rtol=0, atol=3 * 2.0**-24 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    ("names", "dim", "rotated"), [(("fp16", "int8"), 64, 0), (("int4", "fp32"), 96, 32)]
+)
+def test_rotate_is_what_separate_kernels_do(
+    normed: bool,
+    names: tuple[str, str],
+    dim: int,
+    rotated: int,
+    mcpu: str,
+    rng: np.random.Generator,
+) -> None:
+    heads, kv_heads, half = 4, 2, (rotated or dim) // 2
+    width = (heads + 2 * kv_heads) * dim
+    starts = (0, heads * dim, (heads + kv_heads) * dim)
+    q_at, k_at, v_at = (Columns(width, start) for start in starts)
+    simd, caches = TARGETS[mcpu], formats(*names)
+    rotation = Rotation(rotated, 1e-6 if normed else None)
+    placed = Attention(heads, kv_heads, dim, 1.0, q=q_at, k=k_at, v=v_at)
+    batch, seq = (tvm.tirx.Var(name, "int64") for name in ("batch", "seq"))
+    x, past = tensor("x", (batch, seq, width)), tensor("past", (1,), "int64")
+    angles = [tensor(name, (batch, seq, half)) for name in ("cos", "sin")]
+    weights = [tensor(name, (dim,)) for name in ("q_weight", "k_weight")]
+    parts = [
+        tensor(f"part{i}", (batch, kv_heads, LONGEST, columns), dtype)
+        for i, (dtype, columns) in enumerate(caches.parts(dim))
+    ]
+    types = [part.ty for part in parts]
+    flat = relax.TensorType((batch, seq, heads * dim), "float32")
+
+    def together(builder: relax.BlockBuilder) -> relax.Expr:
+        kernel = builder.add_func(rotate(placed, caches, rotation, simd), "rotate")
+        args = [x, x, x, *angles, *(weights if normed else []), past, *parts]
+        places = [*range(len(args) - len(parts), len(args)), -1]
+        call = relax.op.call_tir_inplace(kernel, args, places, [*types, flat])
+        return builder.emit(relax.TupleGetItem(builder.emit(call), len(parts)))
+
+    def apart(builder: relax.BlockBuilder) -> relax.Expr:
+        turned = []
+        for at, count, weight in ((q_at, heads, weights[0]), (k_at, kv_heads, weights[1])):
+            value, place = x, at
+            out = relax.TensorType((batch, seq, count * dim), "float32")
+            if normed:
+                norm = rms_norm(Runs(dim, count, 3, at), 1e-6, simd)
+                norm = builder.add_func(norm, f"norm{count}")
+                value = builder.emit(relax.call_tir(norm, [x, weight], out))
+                place = Columns(count * dim)
+            turn = builder.add_func(rotary(count, dim, rotated, place, simd), f"rotary{count}")
+            turned.append(builder.emit(relax.call_tir(turn, [value, *angles], out)))
+        alone = Attention(heads, kv_heads, dim, 1.0, v=v_at)
+        write = builder.add_func(append(alone, caches, simd), "append")
+        args = [turned[1], x, past, *parts]
+        places = list(range(3, 3 + len(parts)))
+        kept = builder.emit(relax.op.call_tir_inplace(write, args, places, types))
+        # The caches are outputs, so that nothing is thrown away.
+        builder.emit(relax.Tuple([kept[i] for i in range(len(parts))]))
+        return turned[0]
+
+    def program(body: Callable[[relax.BlockBuilder], relax.Expr]) -> Any:
+        def emit(builder: relax.BlockBuilder) -> None:
+            with builder.function("main", [x, *angles, *weights, past, *parts]):
+                with builder.dataflow():
+                    result = builder.emit_output(body(builder))
+                builder.emit_func_output(result)
+
+        return compiled(emit, mcpu)
+
+    programs = [program(body) for body in (together, apart)]
+    gains = rng.standard_normal((2, dim), np.float32)
+    for s, before in ((1, 0), (1, 200), (33, 7)):
+        row = rng.standard_normal((2, s, width), np.float32)
+        angle = rng.standard_normal((2, s, half))
+        turns = [np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)]
+        found = []
+        for run in programs:
+            kept = [
+                tvm.runtime.tensor(np.zeros((2, kv_heads, LONGEST, columns), dtype))
+                for dtype, columns in caches.parts(dim)
+            ]
+            y = run(row, *turns, *gains, np.array([before]), *kept)
+            found.append([y.numpy(), *(part.numpy() for part in kept)])
+        for one, other in zip(*found, strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert all(part[:, :, before : before + s].any() for part in found[0][1:])
