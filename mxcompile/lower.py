@@ -20,6 +20,7 @@ from mxcompile.artifact import TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
 from mxcompile.formats import CACHE_FORMATS, FORMATS, ActivationFormat
 from mxcompile.knobs import Choice
+from mxcompile.passes.fuse_gate import GATE, GELU_TANH
 from mxcompile.passes.fuse_residual import RESIDUAL_NORM, epsilon, rounded_format
 from mxcompile.passes.fuse_rotary import ROTARY_ATTENTION
 from mxcompile.passes.kv_cache import NO_WINDOW
@@ -591,6 +592,24 @@ def _residual_norm(builder: _Builder, node: ir.Node) -> list[Any]:
     return []
 
 
+def _gate(builder: _Builder, node: ir.Node) -> list[Any] | Expr:
+    """``act(gate) * up``, rounded as it is computed."""
+    (value,) = node.outputs
+    fmt, emit = rounded_format(builder.model, value), builder.scope.emit
+    assert fmt is not None
+    (gate, gate_at), (up, up_at) = (builder.source(x) for x in node.inputs)
+    size, lead = _width(value), shape_of(gate)[:-1]
+    columns = cpu_matmul.Gate(node.overload, size, gate_at, up_at)  # type: ignore[arg-type]
+    kernel = builder.kernel(builder.matmul.gate_activation, columns, fmt)
+    if kernel is None:
+        gate, up = (builder.tensor(x) for x in node.inputs)
+        opened = relax.op.nn.gelu_tanh if node.overload == GELU_TANH else relax.op.nn.silu
+        return emit(relax.op.multiply(emit(opened(gate)), up))
+    codes = emit(relax.call_tir(kernel, [gate, up], _rounded(builder, (*lead, size), fmt)))
+    builder.rounded[value] = codes, tuple(lead), size
+    return []
+
+
 def _last_axis_only(node: ir.Node, rank: int) -> bool:
     return int(node.attributes.get_int("axis", -1) or 0) % rank == rank - 1
 
@@ -797,6 +816,7 @@ FUSED: Final[Mapping[tuple[str, str], Callable[[_Builder, ir.Node], Any]]] = {
     (graph.DOMAIN, "MixedConv"): _mixed_conv,
     (graph.DOMAIN, "Linear"): _linear,
     (graph.DOMAIN, RESIDUAL_NORM): _residual_norm,
+    (graph.DOMAIN, GATE): _gate,
     (graph.DOMAIN, "CachedAttention"): _cached_attention,
     (graph.DOMAIN, ROTARY_ATTENTION): _rotary_attention,
     ("", "Attention"): _attention,

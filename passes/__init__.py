@@ -16,6 +16,7 @@ REGISTRY: Final = {
     "sort-neurons": "mxcompile.passes.sort_neurons:SortNeurons",
     "select-logits": "mxcompile.passes.select_logits:SelectLogits",
     "fuse-residual": "mxcompile.passes.fuse_residual:FuseResidual",
+    "fuse-gate": "mxcompile.passes.fuse_gate:FuseGate",
     "fuse-rotary": "mxcompile.passes.fuse_rotary:FuseRotary",
 }
 
@@ -28,5 +29,5 @@ ARRANGE: Final = "scale-columns,sort-vocabulary,sort-neurons"
 QUANTIZE: Final = "annotate,quantize-weights,quantize-activations,quantize-caches"
 """The plan becomes standard Quantize/DequantizeLinear nodes; the result is what is emitted."""
 
-FUSE: Final = "fuse-qdq,kv-cache,select-logits,fuse-residual,fuse-rotary"
+FUSE: Final = "fuse-qdq,kv-cache,select-logits,fuse-residual,fuse-gate,fuse-rotary"
 """What the lowering takes: fused mixed-bit operators, caches updated in place."""

@@ -29,6 +29,7 @@ and a dot product of bytes multiplies them by 4 activations that are broadcast. 
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,9 +44,12 @@ from tvm.tirx.script.builder import ir as T
 from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, ActivationFormat, Format, groups
 from mxcompile.plan import ROW_TILE
 from mxcompile.targets.cpu_norm import (
+    Columns,
     Simd,
     build,
+    exp,
     hold,
+    int64,
     load,
     param,
     prefetch,
@@ -54,9 +58,11 @@ from mxcompile.targets.cpu_norm import (
     rms_factor,
     scaled,
     scratch,
+    splat,
     spread,
     store,
     symbol,
+    tanh,
 )
 from mxcompile.targets.packing import BLOCK, QUADS, SIDE, VECTOR
 
@@ -77,6 +83,9 @@ _ROW_BLOCK: Final = {
 
 LINES: Final = 4
 """Cache lines of each tile's next block that a block of activation rows asks for."""
+
+_COSTLY: Final = 8
+"""Groups of an activation function take so many times as long as groups that are rounded only."""
 
 _TINY: Final = 2.0**-120
 """Groups whose magnitudes are all below are taken for 0: their scale has no finite inverse."""
@@ -103,6 +112,19 @@ class Knobs:
 
     row_block: int = 0
     prefetch: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """``act(gate) * up`` of ``size`` columns each, and where in their rows these lie.
+
+    The function is gelu in its tanh form (arXiv 1606.08415) or silu, ``x sigmoid(x)``.
+    """
+
+    function: Literal["gelu_tanh", "silu"]
+    size: int
+    gate: Columns
+    up: Columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +228,29 @@ class MatmulKernel:
 
             rounding = self._rounding(codes, k, fmt, normalized)
             spread(b * s, b * s * (k // GROUP) < self.serial_groups, rounding)
+
+        return build(emit)
+
+    def gate_activation(self, gate: Gate, fmt: ActivationFormat) -> PrimFunc:
+        """Rounds ``act(G) * U``; G and U may be columns of one tensor, which is passed twice."""
+
+        def emit() -> None:
+            b, s, m, q = map(symbol, "bsmq")
+            opener, gated = param("G", (b, s, gate.gate.width)), param("U", (b, s, gate.up.width))
+            codes = param("Q", (m, q), "int8")
+
+            def product(row: Expr) -> _Columns:
+                g, u = (reader(x, row // s, row % s) for x in (opener, gated))
+
+                def value(column: int | Expr, lanes: int) -> Expr:
+                    x = hold(g(gate.gate.offset + column, lanes))
+                    return hold(_ACTIVATIONS[gate.function](x) * u(gate.up.offset + column, lanes))
+
+                return value
+
+            count = gate.size // GROUP
+            rounding = self._rounding(codes, int64(gate.size), fmt, product)
+            spread(b * s, b * s * count < self.serial_groups // _COSTLY, rounding)
 
         return build(emit)
 
@@ -662,6 +707,23 @@ def _reduce(operation: str, vector: Expr) -> Expr:
 _Columns = Callable[[int | Expr, int], Expr]
 """Reads some columns of a row, from one on."""
 
+
+def _gelu_tanh(x: Expr) -> Expr:
+    lanes = x.ty.dtype.lanes
+    inner = x + splat(0.044715, lanes) * x * x * x
+    return (
+        splat(0.5, lanes)
+        * x
+        * (splat(1, lanes) + tanh(splat(math.sqrt(2 / math.pi), lanes) * inner))
+    )
+
+
+def _silu(x: Expr) -> Expr:
+    one = splat(1, x.ty.dtype.lanes)
+    return x / (one + exp(splat(0, x.ty.dtype.lanes) - x))
+
+
+_ACTIVATIONS: Final = {"gelu_tanh": _gelu_tanh, "silu": _silu}
 
 _Sizes = Callable[[Format], Sequence[int]]
 """The rows of the blocks that activations are cut in for a format, the largest first."""

@@ -28,6 +28,7 @@ from tvm.tirx.script.builder import ir as T
 
 from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, ActivationFormat, Format
 from mxcompile.plan import ROW_TILE
+from mxcompile.targets.cpu_matmul import Gate
 from mxcompile.targets.cpu_norm import param, symbol
 from mxcompile.targets.cuda_block import (
     WARP,
@@ -123,6 +124,9 @@ class CudaMatmul:
         self, eps: float, fmt: ActivationFormat, inner_eps: float | None
     ) -> None:
         """A sum, norms and rounding are kernels of their own."""
+
+    def gate_activation(self, gate: Gate, fmt: ActivationFormat) -> None:
+        """A gate and rounding are two kernels."""
 
     def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
         """Y = Q @ W.T with exact integer sums inside a group, for each digit."""

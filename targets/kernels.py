@@ -24,7 +24,7 @@ from mxcompile.targets import (
     cuda_schedule,
 )
 from mxcompile.targets.cpu_attention import Attention, Caches, Mask, Rotation
-from mxcompile.targets.cpu_matmul import Instructions, MatmulKernel
+from mxcompile.targets.cpu_matmul import Gate, Instructions, MatmulKernel
 from mxcompile.targets.cpu_norm import Columns, Runs, Simd
 from mxcompile.targets.cuda_attention import CudaAttention
 from mxcompile.targets.cuda_matmul import CudaMatmul
@@ -47,6 +47,9 @@ class MatmulTemplates(Protocol):
         self, eps: float, fmt: ActivationFormat, inner_eps: float | None
     ) -> PrimFunc | None:
         """Make ``(R, Y, weight, [inner,] H, Q)``; None where each step is a kernel."""
+
+    def gate_activation(self, gate: Gate, fmt: ActivationFormat) -> PrimFunc | None:
+        """Make ``(G, U, Q)``; None where a gate and rounding are two kernels."""
 
     def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
         """Make ``(Q, W, table, Y)``."""

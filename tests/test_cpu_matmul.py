@@ -22,15 +22,19 @@ from mxcompile.quantize import rows_by_format
 from mxcompile.targets import packing
 from mxcompile.targets.cpu_matmul import (
     RECORD,
+    Gate,
     Instructions,
     Knobs,
     MatmulKernel,
     activation_bytes,
 )
+from mxcompile.targets.cpu_norm import Columns
 from tests import arm
 
 UNIT = 2.0**-24
 EPSILON = 1e-6
+GATED = (70,)
+"""Columns of gates."""
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 REQUIRES = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "avx2": "avx2", "generic": None}
@@ -64,6 +68,10 @@ def build(instructions: Instructions) -> Library:
         made[f"residual_{fmt}"] = kernel.residual_activation(EPSILON, fmt, None)
         made[f"residual_normed_{fmt}"] = kernel.residual_activation(EPSILON, fmt, 2 * EPSILON)
         made[f"matmul_{fmt}"] = kernel.matmul_quantized(fmt)
+        for function, size in itertools.product(("gelu_tanh", "silu"), GATED):
+            places = (Columns(2 * size + 5, 1), Columns(2 * size + 5, 4 + size))
+            gate = Gate(function, size, *places)  # type: ignore[arg-type]
+            made[f"{function}_{size}_{fmt}"] = kernel.gate_activation(gate, fmt)
     functions = {name: made[name].with_attr("global_symbol", name) for name in made}
     if instructions in arm.CPUS:
         return Library(arm.machine(instructions).kernels(functions))
@@ -328,19 +336,53 @@ def check_rounded_norm(
     library: Library, q: NDArray[np.int8], fmt: ActivationFormat, x: F32, weight: F32
 ) -> None:
     """Whether ``q`` is the rounded norm of ``x`` [m, columns]."""
-    m, columns = x.shape
+    exact = normalized(x, EPSILON) * weight
+    # What float32 does to a sum of squares.
+    check_rounded(library, q, fmt, exact, (x.shape[1] + 8) * UNIT * np.abs(exact))
+
+
+def check_rounded(
+    library: Library, q: NDArray[np.int8], fmt: ActivationFormat, exact: F64, error: F64
+) -> None:
+    """Whether ``q`` is ``exact`` [m, columns], which is rounded up to ``error`` beside it."""
+    m, columns = exact.shape
     codes, scales, sums = parts(library, q, fmt.digits)
     np.testing.assert_array_equal(sums, codes.sum(2, dtype=np.int32))
-    exact = normalized(x, EPSILON) * weight
     by_digit = (codes * scales.astype(float)[..., None]).reshape(m, fmt.digits, -1)
     seen, padding = np.split(by_digit.sum(1), [columns], axis=1)
     assert not padding.any()
-    # Half a step, what float32 does to a sum of squares, and to the quotient that is rounded.
+    # Half a step, and what float32 does to the quotient that is rounded.
     padded = np.zeros((m, groups(columns) * GROUP))
-    padded[:, :columns] = np.abs(exact)
+    padded[:, :columns] = np.abs(exact) + error
     top = np.repeat(padded.reshape(m, -1, GROUP).max(2), GROUP, 1)[:, :columns]
-    bound = top / fmt.top * (0.5 + 4 * fmt.top * UNIT) + (columns + 8) * UNIT * np.abs(exact)
+    bound = top / fmt.top * (0.5 + 4 * fmt.top * UNIT) + error
     assert (np.abs(seen - exact) <= bound * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("columns", GATED)
+@pytest.mark.parametrize("lead", [(1, 1), (3, 40)])
+@pytest.mark.parametrize("fmt", ACTIVATION_FORMATS.values(), ids=str)
+@pytest.mark.parametrize("function", ["gelu_tanh", "silu"])
+def test_a_gate_is_rounded(
+    library: Library, function: str, fmt: ActivationFormat, lead: tuple[int, int], columns: int
+) -> None:
+    m = lead[0] * lead[1]
+    wide = activations(m, 2 * columns + 5) * 3
+    gate, up = wide[:, 1 : 1 + columns], wide[:, 4 + columns : 4 + 2 * columns]
+    x = gate.astype(float)
+    if function == "silu":
+        opened = x / (1 + np.exp(-x))
+        error = 6 * UNIT * np.abs(opened)
+    else:
+        inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+        opened = 0.5 * x * (1 + np.tanh(inner))
+        # tanh is within 4e-7, and what it is of is rounded four times where its slope is at most 1.
+        slope = np.abs(inner) / np.cosh(np.minimum(np.abs(inner), 300)) ** 2
+        error = 0.5 * np.abs(x) * (4e-7 + 2 * UNIT + 6 * UNIT * slope) + 3 * UNIT * np.abs(opened)
+    error = error * np.abs(up) + UNIT * np.abs(opened * up)
+    shape, args = (m, activation_bytes(columns, fmt)), [wide.reshape(*lead, -1)] * 2
+    q = np.asarray(library(f"{function}_{columns}_{fmt}", *args, shape=shape, dtype="i1"))
+    check_rounded(library, q, fmt, opened * up, error)
 
 
 def normalized(x: F32, eps: float) -> F64:
