@@ -7,7 +7,9 @@ of 32 stay affordable at a budget of 4.2 bits. For a row ``r``, a column ``k`` o
     w[r, k] = row_scale[r] * scale[r, g] * (code[r, k] - zero[r, g] * 2**(bits - 4))
 
 The zero-point counts in sixteenths of the code range: whole codes at 4 bits, quarters of a code
-at 2 bits (where an integer zero-point would be too coarse), 16 codes at 8 bits.
+at 2 bits (where an integer zero-point would be too coarse), 16 codes at 8 bits. There it is always
+the middle of the range: with 256 codes another gains next to nothing, and codes less a zero-point
+of 128 are signed bytes, which is what instructions multiply.
 
 A non-uniform format stores 3 or 4 bits that look up an 8-bit code in a codebook of 8 or 16 entries,
 which a byte shuffle does in a register; from there on it is an 8-bit format. The codebook is fixed,
@@ -37,6 +39,9 @@ GROUP: Final = 32
 """Columns that share a scale and a zero-point."""
 
 ZERO_BITS: Final = 4
+MIDDLE: Final = 1 << ZERO_BITS - 1
+"""The zero-point in the middle of a range."""
+
 SCALE_BITS: Final = 8
 
 
@@ -50,12 +55,14 @@ class Format:
         codebook: For non-uniform formats the 8-bit codes that stored codes stand for, rising; where
             ``learned``, those that learning starts from.
         learned: Whether every weight has a codebook of its own.
+        centred: Whether every zero-point is ``MIDDLE``.
     """
 
     name: str
     bits: int
     codebook: tuple[int, ...] = ()
     learned: bool = False
+    centred: bool = False
 
     @property
     def levels(self) -> int:
@@ -120,7 +127,7 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             Format("table4", 4, _NORMAL4, learned=True),
             Format("int5", 5),
             Format("int6", 6),
-            Format("int8", 8),
+            Format("int8", 8, centred=True),
         )
     }
 )

@@ -22,7 +22,7 @@ from mxcompile.statistics import Statistics
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Changes whenever the quantizers give other codes for the same weights and statistics."""
 
 PRICED: Final = tuple(fmt for fmt in FORMATS.values() if fmt.name != "nf4")

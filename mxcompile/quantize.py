@@ -22,7 +22,7 @@ import torch
 
 from mxcompile import workers
 from mxcompile.errors import UsageError
-from mxcompile.formats import FORMATS, GROUP, SCALE_BITS, ZERO_BITS, Format, groups
+from mxcompile.formats import FORMATS, GROUP, MIDDLE, SCALE_BITS, ZERO_BITS, Format, groups
 from mxcompile.plan import ROW_TILE, TileFormats
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -313,7 +313,7 @@ class _Grid:
             for shift in search.shifts:
                 self._try(scale, (nearest + shift).clamp(0, MAX_ZERO))
         for step in search.steps:
-            for shift in (-1, 1):
+            for shift in () if self.fmt.centred else (-1, 1):
                 self._try(self.scale, (self.zero + shift).clamp(0, MAX_ZERO))
             for sign in (-1, 1):
                 change = (self.scale * step).round().clamp(min=1)
@@ -379,7 +379,9 @@ def _holding(
     zero = torch.zeros_like(ideal)
     # Three neighbours, because a range that is all but one-sided may round to a zero-point
     # that leaves its other side no code.
-    for shift in (0, 1, -1):
+    if fmt.centred:
+        ideal = torch.full_like(ideal, MIDDLE)
+    for shift in (0,) if fmt.centred else (0, 1, -1):
         candidate = (ideal.floor() + shift).clamp(0, MAX_ZERO)
         below, above = candidate * step, top - candidate * step
         # Nothing below (above) zero needs no room there, however little there is.

@@ -41,7 +41,15 @@ from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, ActivationFormat, Format, groups
+from mxcompile.formats import (
+    FORMATS,
+    GROUP,
+    MIDDLE,
+    ZERO_BITS,
+    ActivationFormat,
+    Format,
+    groups,
+)
 from mxcompile.plan import ROW_TILE
 from mxcompile.targets.cpu_norm import (
     Columns,
@@ -597,7 +605,7 @@ class _Unpacked:
 
 def _has_offset(fmt: Format) -> bool:
     """Whether codes less their zero-points take more than 8 bits."""
-    return fmt.value_bits == 8
+    return fmt.value_bits == 8 and not fmt.centred
 
 
 def _vnni(name: str, dtype: str, *operands: Expr) -> Expr:
@@ -923,6 +931,8 @@ def _signed_quad(group: "_Group", quad: int) -> Expr:
 
 def _signed_offset(group: "_Group", word: _Word, offset: _Offset, r: int) -> Expr:
     """The offset of row ``r`` for the codes of ``_signed_quad``: 128 times the sum comes back."""
+    if group.tile.fmt.centred:
+        return T.broadcast(T.int32(0), ROW_TILE)
     if group.tile.fmt.value_bits < 8:
         return offset(r)
     return offset(r) + T.broadcast(word(r, GROUP + 4) << 7, ROW_TILE)
@@ -1216,13 +1226,16 @@ class _Group:
 
     def zeros(self) -> Expr:
         """The zero-points as int32, in the same units as the codes."""
+        shift = max(0, self.tile.fmt.value_bits - ZERO_BITS)
+        if self.tile.fmt.centred:
+            middle = T.int32(MIDDLE << shift)
+            return middle if self.tile.row is not None else T.broadcast(middle, ROW_TILE)
         both = T.reinterpret("uint64", load(self.tile.data, self.at_zeros, lanes=8))
         if (row := self.tile.row) is None:
             words = T.reinterpret("uint32x16", T.broadcast(both, ROW_TILE // 2))
             words = words >> T.cast(T.ramp(0, 1, ROW_TILE) // 2 * 4, "uint32x16")
         else:
             words = T.cast(both >> T.cast(row % 2 * 32 + row // 2 * 4, "uint64"), "uint32")
-        shift = max(0, self.tile.fmt.value_bits - ZERO_BITS)
         return _cast((words & _u32(15)) << _u32(shift), "int32")
 
     def float_zeros(self) -> Expr:

@@ -37,7 +37,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, Format, groups
+from mxcompile.formats import FORMATS, GROUP, MIDDLE, ZERO_BITS, Format, groups
 from mxcompile.plan import ROW_TILE, TileFormats, tile_bytes
 from mxcompile.quantize import codebook_of, rows_by_format
 
@@ -95,6 +95,8 @@ def pack(
     data = np.empty((blocks + len(codebooks), VECTOR), np.uint8)
     for fmt, index in rows_by_format(formats, rows):
         ours = index[::ROW_TILE] // ROW_TILE
+        if fmt.centred and (zeros[index] != MIDDLE).any():
+            raise ValueError(f"a zero-point of {fmt} is not {MIDDLE}")
         stored = None
         if fmt.codebook:
             entries = codebook_of(codes[index])

@@ -16,7 +16,14 @@ import tvm
 from numpy.typing import NDArray
 
 from mxcompile import runtime, target
-from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, GROUP, ActivationFormat, groups
+from mxcompile.formats import (
+    ACTIVATION_FORMATS,
+    FORMATS,
+    GROUP,
+    MIDDLE,
+    ActivationFormat,
+    groups,
+)
 from mxcompile.plan import ROW_TILE, TileFormats
 from mxcompile.quantize import rows_by_format
 from mxcompile.targets import packing
@@ -134,6 +141,15 @@ def random_codes(
     return codes
 
 
+def random_zeros(rng: np.random.Generator, shape: tuple[int, int], formats: TileFormats) -> Any:
+    """Zero-points [rows, groups]; centred formats have theirs in the middle."""
+    zeros = rng.integers(0, 16, shape, dtype=np.uint8)
+    for fmt, index in rows_by_format(formats, shape[0]):
+        if fmt.centred:
+            zeros[index] = MIDDLE
+    return zeros
+
+
 @dataclass(frozen=True)
 class Weight:
     packed: packing.Packed
@@ -145,7 +161,8 @@ class Weight:
         codes = random_codes(rng, rows, columns, formats)
         steps = np.repeat([fmt.zero_step for fmt in formats.formats], ROW_TILE)[:rows, None]
         shape = (rows, groups(columns))
-        scales, zeros = (rng.integers(0, top, shape, dtype=np.uint8) for top in (256, 16))
+        scales = rng.integers(0, 256, shape, dtype=np.uint8)
+        zeros = random_zeros(rng, shape, formats)
         row_scale = rng.uniform(-1e-3, 1e-3, rows).astype(np.float16)
         row_scale[0] = 2.0**-24  # the smallest subnormal
         scale, zero = (np.repeat(a, GROUP, 1)[:, :columns].astype(float) for a in (scales, zeros))
@@ -255,7 +272,7 @@ def test_the_worst_sums_do_not_overflow(library: Library) -> None:
     for fmt in FORMATS.values():
         ones = np.ones((ROW_TILE, 1), np.uint8)
         row_scale = np.ones(ROW_TILE, np.float16)
-        for code, zero in itertools.product((0, fmt.top), (0, 15)):
+        for code, zero in itertools.product((0, fmt.top), (MIDDLE,) if fmt.centred else (0, 15)):
             codes = np.full((ROW_TILE, GROUP), code, np.uint8)
             packed = packing.pack(
                 codes, ones, ones * np.uint8(zero), row_scale, TileFormats((fmt,))

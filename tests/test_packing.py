@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mxcompile.formats import FORMATS, groups
 from mxcompile.plan import CODEBOOK_BYTES, ROW_TILE, TileFormats, tile_bytes
 from mxcompile.targets import packing
-from tests.test_cpu_matmul import random_codes
+from tests.test_cpu_matmul import random_codes, random_zeros
 
 Arrays = tuple[packing.U8, packing.U8, packing.U8, np.ndarray[tuple[int], np.dtype[np.float16]]]
 
@@ -17,7 +17,7 @@ def weight(rows: int, columns: int, formats: TileFormats, seed: int = 0) -> Arra
     rng = np.random.default_rng(seed)
     codes = random_codes(rng, rows, columns, formats)
     shape = (rows, groups(columns))
-    scales, zeros = (rng.integers(0, top, shape, dtype=np.uint8) for top in (256, 16))
+    scales, zeros = rng.integers(0, 256, shape, dtype=np.uint8), random_zeros(rng, shape, formats)
     return codes, scales, zeros, rng.uniform(1e-3, 1e-2, rows).astype(np.float16)
 
 
@@ -117,6 +117,8 @@ def test_what_does_not_fit_is_refused() -> None:
         packing.pack(codes + np.uint8(16 - codes.max()), scales, zeros, row_scale, formats)
     with pytest.raises(ValueError, match="a zero-point is 16, they take 4 bits"):
         packing.pack(codes, scales, np.full_like(zeros, 16), row_scale, formats)
+    with pytest.raises(ValueError, match="a zero-point of int8 is not 8"):
+        packing.pack(codes, scales, zeros, row_scale, TileFormats.parse("int8"))
     with pytest.raises(ValueError, match="16 rows do not make 2 tiles"):
         packing.pack(codes, scales, zeros, row_scale, TileFormats.parse("int4*2"))
     every = np.arange(16 * 32).reshape(16, 32).astype(np.uint8)

@@ -103,17 +103,18 @@ def test_zeros_stay_zeros(fmt: Format) -> None:
 @every_uniform_format
 @pytest.mark.parametrize("number", [1.0, -1.0, 3e-3, -7e4, 1e-6])
 def test_constant_groups_are_held(fmt: Format, number: float) -> None:
-    """To the rounding of a scale of 128 or more to a whole number, or of the least row scale."""
+    """To half a step of 127, or to the rounding of the least row scale."""
     weight = np.full((1, 64), number, np.float32)
     quantized = quantize(weight, fmt)
-    slack = max(abs(number) / 256, 2.0**-24)
+    slack = max(abs(number) / 254, 2.0**-24)
     np.testing.assert_allclose(dequantize(quantized, fmt), weight, rtol=0, atol=slack)
 
 
 @every_uniform_format
 def test_one_sided_groups_use_the_whole_range(fmt: Format) -> None:
+    """Half of it where zero-points are fixed."""
     weight = np.linspace(0, 1, 32, dtype=np.float32)[None]
-    step = max(1 / (fmt.levels - 1), 1 / (15 * fmt.zero_step))
+    step = max(1 / (fmt.levels - 1), 1 / (15 * fmt.zero_step)) * (2 if fmt.centred else 1)
     for sign in (1, -1):
         values = dequantize(quantize(sign * weight, fmt, search=False), fmt)
         assert np.abs(values - sign * weight).max() <= 0.51 * step
@@ -214,7 +215,7 @@ GAUSSIAN = {
     "int4": 0.0061,
     "int5": 0.0015,
     "int6": 0.00037,
-    "int8": 2.4e-5,
+    "int8": 2.8e-5,
     "table3": 0.0222,
     "nf4": 0.0066,
     "table4": 0.0062,
