@@ -1,7 +1,7 @@
 """Samples of a model's inputs: what calibration runs on, and other ones to verify with."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
@@ -27,8 +27,9 @@ PROBE_LENGTH: Final = 128
 SPAN: Final = 12
 """Characters that are read for each token wanted; source code has many a token of spaces."""
 
-VERIFY_TOKENS: Final = 512
-"""Tokens that verification reads: enough to tell a broken kernel from rounding."""
+VERIFY_LENGTH: Final = 128
+"""Tokens of each text that verification reads, of every kind that calibrates one: what is predicted
+is the damage on their mixture. Enough to tell a broken kernel from rounding."""
 
 FREE_SIZE: Final = 64
 """What a free dimension other than the batch is taken to be where nothing tells."""
@@ -41,8 +42,8 @@ class Samples:
     """Inputs for calibration, for its probes, and for verification.
 
     ``texts`` are token windows for language models; ``verify`` are whole feeds for all others.
-    ``begin`` is what begins a text that the model itself is to write, as more to calibrate on; None
-    where it is not to.
+    ``begin`` is what begins a text that the model itself is to write, as more to calibrate and to
+    verify on; None where it is not to, or has.
     """
 
     feeds: Sequence[Feed]
@@ -73,9 +74,8 @@ class Samples:
         texts = default_texts() if given is None else [_read(given)]
         length, probe = LENGTH, PROBE_LENGTH
         limit = _longest(model)
-        count = SEQUENCES + VERIFY_TOKENS // length
-        rows = text_tokens(tokenizer.encode, texts, count, min(length, limit))
-        held = rows[SEQUENCES:] if len(rows) > SEQUENCES else rows[-1:]
+        rows = text_tokens(tokenizer.encode, texts, SEQUENCES + len(texts), min(length, limit))
+        held = (rows[SEQUENCES:] if len(rows) > SEQUENCES else rows[-1:])[:, :VERIFY_LENGTH]
         rows = rows[:SEQUENCES]
         probes = rows[:PROBE_SEQUENCES, : min(probe, limit)]
         return cls(
@@ -84,6 +84,20 @@ class Samples:
             token_feeds(model, held),
             [row.tolist() for row in held],
             tokenizer.encode("") if written.can_write(model) else None,
+        )
+
+    def with_written(self, model: ir.Model, tokens: Array) -> Self:
+        """The same with ``tokens`` [sequences, length] that the model wrote from ``begin``.
+
+        Its text is of two kinds, half of the sequences each; the last of each is to verify with.
+        """
+        last = [len(tokens) // 2 - 1, len(tokens) - 1]
+        kept, held = np.delete(tokens, last, axis=0), tokens[last, :VERIFY_LENGTH]
+        return replace(
+            self,
+            feeds=[*self.feeds, *token_feeds(model, kept)],
+            texts=[*self.texts, *held.tolist()],
+            begin=None,
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from mxcompile.default_text import default_texts
 from mxcompile.errors import UnsupportedError, UsageError
-from mxcompile.samples import text_tokens, token_feeds
+from mxcompile.samples import Samples, text_tokens, token_feeds
 
 
 def model(text: str) -> ir.Model:
@@ -64,3 +64,19 @@ def test_other_inputs_are_named() -> None:
     pixels = model("g (float[1, 3] pixels) => (float[1, 3] y) { y = Relu(pixels) }")
     with pytest.raises(UnsupportedError, match="'pixels' is not one of a language model"):
         token_feeds(pixels, np.array([[1]]))
+
+
+def test_what_a_model_writes_calibrates_and_verifies() -> None:
+    language_model = model(
+        "g (int64[batch, seq] input_ids) => (int64[batch, seq] y) { y = Identity(input_ids) }"
+    )
+    feeds = token_feeds(language_model, np.array([[1, 2]]))
+    samples = Samples(feeds, feeds, feeds, texts=[[1, 2]], begin=[0])
+    tokens = np.arange(6 * 200).reshape(6, 200)
+    found = samples.with_written(language_model, tokens)
+    seen = [feed["input_ids"][0, 0].item() // 200 for feed in found.feeds[1:]]
+    assert seen == [0, 1, 3, 4]
+    assert [text[0] // 200 for text in found.texts[1:]] == [2, 5]
+    assert len(found.texts[1]) == 128
+    assert found.texts[0] == [1, 2]
+    assert found.begin is None
