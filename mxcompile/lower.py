@@ -650,7 +650,13 @@ def _cached_attention(builder: _Builder, node: ir.Node) -> list[Any]:
     )
     parts = [scope.emit(relax.TupleGetItem(kept, i)) for i in range(len(parts))]
     attend = builder.kernel(builder.kernels.attention.attend, attention, caches)
-    out = builder.call(attend, [q, past, *parts], (*shape_of(q)[:-1], heads * dim))
+    batch, seq, _ = shape_of(q)
+    scratch = [(batch, *shape) for shape in builder.kernels.attention.scratch(attention)]
+    shapes = [(batch, seq, heads * dim), *scratch]
+    types = [relax.TensorType(shape, "float32") for shape in shapes]
+    out = scope.emit(relax.call_tir(attend, [q, past, *parts], types))
+    if scratch:
+        out = scope.emit(relax.TupleGetItem(out, 0))
     return [out, *parts]
 
 

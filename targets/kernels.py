@@ -77,8 +77,11 @@ class AttentionTemplates(Protocol):
     def append(self, a: Attention, caches: Caches) -> PrimFunc:
         """Make ``(k, v, past, *keys, *values)``."""
 
+    def scratch(self, a: Attention) -> tuple[tuple[int, ...], ...]:
+        """Shapes, for a sequence of the batch, of the float32 tensors that ``attend`` works in."""
+
     def attend(self, a: Attention, caches: Caches) -> PrimFunc:
-        """Make ``(q, past, *keys, *values, out)``."""
+        """Make ``(q, past, *keys, *values, out, *scratch)``."""
 
     def attend_all(self, a: Attention, mask: Mask | None) -> PrimFunc:
         """Make ``(q, k, v, [mask,] out)``."""
@@ -135,6 +138,9 @@ class _CpuAttention:
 
     def append(self, a: Attention, caches: Caches) -> PrimFunc:
         return cpu_attention.append(a, caches, self.simd)
+
+    def scratch(self, a: Attention) -> tuple[tuple[int, ...], ...]:
+        return ()
 
     def attend(self, a: Attention, caches: Caches) -> PrimFunc:
         return cpu_attention.attend(a, caches, self.simd)
