@@ -95,7 +95,8 @@ class Kernels:
     """What lowering to a family takes.
 
     ``schedule`` is for functions that no template made, ``pipeline`` is the name of TVM's passes
-    from functions to machine code, and ``building`` is to be entered around them.
+    from functions to machine code, and ``building`` is to be entered around them. With ``graphs`` a
+    decode step's kernels launch as one CUDA graph.
     """
 
     matmul: MatmulTemplates
@@ -104,6 +105,7 @@ class Kernels:
     schedule: Callable[[tvm.IRModule], tvm.IRModule]
     pipeline: str = "default"
     building: Callable[[], AbstractContextManager[Any]] = nullcontext
+    graphs: bool = False
 
 
 def of(target: Target) -> Kernels:
@@ -175,16 +177,21 @@ def _cuda(target: Target) -> Kernels:
         lambda mod: cuda_schedule.schedule(mod, tvm_target),
         cuda_schedule.pipeline(),
         lambda: cuda_binary.embedding(str(target.tvm["arch"])),
+        graphs=True,
     )
 
 
 def _cuda_on_cpu(target: Target) -> Kernels:
-    """The kernels of ``_cuda`` in a reading that shows on any CPU what they compute, not fast."""
+    """The kernels of ``_cuda`` in a reading that shows on any CPU what they compute, not fast.
+
+    What a CUDA graph would launch calls functions that only TVM's library for CUDA has.
+    """
     return Kernels(
         CudaMatmul(splits=2, tiles=2, batches=1, rows=1, serial=True),
         CudaNorm(serial=True),
         CudaAttention(splits=2, serial=True),
         _cpu(target).schedule,
+        graphs=True,
     )
 
 

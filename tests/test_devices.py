@@ -36,7 +36,7 @@ def test_a_decoder_runs_on_copies(compiled: Path, monkeypatch: pytest.MonkeyPatc
     """As on a GPU: inputs go there at each step, logits come back, caches grow there."""
     shared = Program.load(compiled / "toy.mxc")
     bound = [COPYING.tensor(shared.device.array(weight)) for weight in shared._weights]
-    program = Program(shared.artifact, shared._main, devices.interface().Array(bound), COPYING)
+    program = Program(shared.artifact, shared._library, devices.interface().Array(bound), COPYING)
     tokens = np.random.default_rng(0).integers(0, toy.VOCABULARY, 700).tolist()
     session = Session(program)
     for part in (tokens[:3], tokens[3:4], tokens[4:600], tokens[600:]):
