@@ -20,7 +20,7 @@ import tvm
 from tvm import relax, s_tir, tirx
 
 from mxcompile import graph, linker, qdq
-from mxcompile.artifact import TensorSpec
+from mxcompile.artifact import DECODE, MAIN, TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
 from mxcompile.formats import CACHE_FORMATS, FORMATS, ActivationFormat
 from mxcompile.knobs import Choice
@@ -51,10 +51,6 @@ SMALL: Final = 8
 
 CACHES: Final = "cache."
 """Inputs of this prefix are caches: they go into one tuple and are updated in place."""
-
-MAIN: Final = "main"
-DECODE: Final = "decode"
-"""The program's functions; see ``runtime``."""
 
 
 @dataclass(frozen=True, slots=True)

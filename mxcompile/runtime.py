@@ -82,8 +82,8 @@ class Program:
         self._library = library
         self._weights = bound
         machine = self._machine()
-        self._main = machine.get_function("main")
-        self.graphs = graphs and machine.implements_function("decode")
+        self._main = machine.get_function(artifacts.MAIN)
+        self.graphs = graphs and machine.implements_function(artifacts.DECODE)
 
     @classmethod
     def load(cls, folder: Path, threads: int | None = None, *, graphs: bool = True) -> Self:
@@ -123,7 +123,7 @@ class Program:
 
     def decoder(self) -> Callable[..., Any]:
         """Give ``call`` for one token, in a virtual machine that goes when the caller drops it."""
-        decode = self._machine().get_function("decode")
+        decode = self._machine().get_function(artifacts.DECODE)
         return lambda *arguments: decode(*arguments, self._weights)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

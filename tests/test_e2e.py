@@ -256,8 +256,8 @@ def test_cuda_kernels_decode_as_their_emitted_onnx(
 class Pair:
     """A session that decodes by CUDA graphs, and one that must give the same without them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.sessions = [Session(Program.load(folder, graphs=graphs)) for graphs in (True, False)]
+    def __init__(self, programs: list[Program]) -> None:
+        self.sessions = [Session(program) for program in programs]
 
     def feed(self, tokens: list[int], logits: Literal["last", "all"] = "last") -> int:
         """The token that both find most likely."""
@@ -270,15 +270,19 @@ class Pair:
             session.truncate(length)
 
 
+@pytest.mark.parametrize("where", CUDA_READINGS)
 def test_a_cuda_graph_is_launched_on_the_memory_that_it_was_recorded_on(
-    graphs: cuda.Graphs,
+    where: str,
     compile_tiny: Callable[..., tuple[Artifact, Path]],
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Sessions in turns, caches that grow, tokens that are forgotten, a session that goes."""
-    folder = compile_tiny("int8", CUDA_ON_CPU.name, quick=True)[0].folder
+    seen = request.getfixturevalue("graphs") if where == CUDA_ON_CPU.name else None
+    folder = compile_tiny("int8", where, quick=True)[0].folder
     monkeypatch.setattr(runtime, "FIRST_CAPACITY", 8)
-    first, second = Pair(folder), Pair(folder)
+    programs = [Program.load(folder, graphs=graphs) for graphs in (True, False)]
+    first, second = Pair(programs), Pair(programs)
     a, b = first.feed(list(range(40, 50))), second.feed([7])
     for _ in range(10):
         a, b = first.feed([a]), second.feed([b], "all")
@@ -286,12 +290,13 @@ def test_a_cuda_graph_is_launched_on_the_memory_that_it_was_recorded_on(
     assert [s.length for s in first.sessions] == [3, 3]
     a = first.feed([first.feed([5, 6])])
     del second
-    third = Pair(folder)
+    third = Pair(programs)
     for token in range(60, 70):
         a, _ = first.feed([a]), third.feed([token])
-    capacities = sorted(sizes for *_, sizes in graphs.recorded)
-    assert capacities == [(8,), (8,), (16,), (16,), (16,), (32,)]
-    assert graphs.launches == (10 + 1 + 10) + (1 + 10) + 10 - len(capacities)
+    if seen is not None:
+        capacities = sorted(sizes for *_, sizes in seen.recorded)
+        assert capacities == [(8,), (8,), (16,), (16,), (16,), (32,)]
+        assert seen.launches == (10 + 1 + 10) + (1 + 10) + 10 - len(capacities)
 
 
 def test_a_machine_that_two_sessions_share_would_be_found(
