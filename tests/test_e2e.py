@@ -30,6 +30,7 @@ from mxcompile import (
     passes,
     runtime,
     target,
+    verify,
     weights,
 )
 from mxcompile.activations import choose_activations
@@ -50,6 +51,7 @@ from mxcompile.pipeline import Context, Pipeline
 from mxcompile.plan import PrecisionPlan, TileFormats
 from mxcompile.progress import Progress
 from mxcompile.runtime import Program, Session
+from mxcompile.samples import Samples
 from mxcompile.simulate import SimulatedSource
 from mxcompile.statistics import Statistics
 from mxcompile.targets import cuda_binary, packing
@@ -313,6 +315,23 @@ def test_a_machine_that_two_sessions_share_would_be_found(
     sessions[0].feed([5])
     with pytest.raises(AssertionError, match="launched on other memory"):
         sessions[1].feed([5])
+
+
+def test_decode_steps_are_verified(
+    graphs: cuda.Graphs,
+    tinylm: Path,
+    compile_tiny: Callable[..., tuple[Artifact, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built, _ = compile_tiny("int8", CUDA_ON_CPU.name, quick=True)
+    texts = [TextModel.beside(tinylm.parent).encode(PROMPT)]
+    samples = Samples((), (), (), texts)
+    assert verify.check(built, tinylm, samples, {})
+    assert graphs.launches >= len(texts[0]) - 1
+    step = runtime._Decode.__call__
+    monkeypatch.setattr(runtime._Decode, "__call__", lambda self, ids, past: step(self, ids, 0))
+    with pytest.raises(VerificationError, match="decode steps are off"):
+        verify.check(built, tinylm, samples, {})
 
 
 def launches(module: Any, name: str) -> int:
