@@ -41,6 +41,10 @@ TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_templ
 DECODER: Final = "decoder"
 GRAPH: Final = "graph"
 
+MAIN: Final = "main"
+DECODE: Final = "decode"
+"""The program's functions; see runtime.py. The second is there in decoders for a GPU."""
+
 _DISTRIBUTIONS: Final = {"mxcompile": "mxcompile", "tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
 
 

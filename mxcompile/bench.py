@@ -25,9 +25,12 @@ def bench(
     threads: Sequence[int],
     repetitions: int,
     depths: Sequence[int] = (0,),
+    graphs: bool = True,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Measure both tests, skipping one of no tokens, at each depth and number of threads.
+
+    ``graphs`` is as in ``Program.load``.
 
     Returns:
         A row a test: the median of the repetitions and their standard deviation.
@@ -36,7 +39,7 @@ def bench(
         UsageError: the artifact is not a language model, the context is too short, or there are not
             so many CPUs.
     """
-    program = Program.load(folder, max(threads))
+    program = Program.load(folder, max(threads), graphs=graphs)
     session = Session(program)
     random = np.random.default_rng(0)
     tokens = random.integers(0, session.vocabulary, max(prompt, generate))

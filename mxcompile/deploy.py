@@ -44,8 +44,11 @@ LIBRARIES: Final = {
 
 HEADERS: Final = "tvm_ffi/include"
 PRODUCTS: Final = ("mxrun", "libmxrun.so")
-FLAGS: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
+FLAGS: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Dtvm=tvm_in_mxrun")
+"""What TVM's headers define gets names of its own: its libraries would take what an executable has
+by the same name, such as the type of an error, for theirs, which another C++ library lays out."""
 RELEASE: Final = ("-O2",)
+EXPORTS: Final = "exports.map"
 LINK: Final = ("-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN", "-s", "-pthread")
 """Nothing names a symbol of TVM's runtime, which registers itself: it is linked all the same."""
 
@@ -307,7 +310,8 @@ def _compile(compiler: Sequence[str], found: Runtime, files: Sequence[Path], wor
             for path, target in zip(code, objects, strict=True)
         ]
         list(pool.map(_run, commands))
-    link = [*LINK, *map(str, found.libraries)]
+    exports = next(path for path in files if path.name == EXPORTS)
+    link = [*LINK, f"-Wl,--version-script={exports}", *map(str, found.libraries)]
     library = [target for target in objects if not target.endswith("/main.o")]
     _run([*compiler, *objects, *link, "-o", str(work / "mxrun")])
     _run([*compiler, "-shared", *library, *link, "-o", str(work / "libmxrun.so")])

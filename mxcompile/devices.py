@@ -15,11 +15,14 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mxcompile import gpu, weights
-from mxcompile.errors import ArtifactError
+from mxcompile.errors import ArtifactError, DeviceError
 
 CPU: Final = 1
 CUDA: Final = 2
 """DLPack's numbers of kinds of devices."""
+
+GRAPHS: Final = "vm.builtin.cuda_graph.run_or_capture"
+"""What a GPU's program calls to decode, in TVM's library for CUDA; without it none is loaded."""
 
 
 @functools.cache
@@ -76,10 +79,14 @@ class Device:
         """The first GPU.
 
         Raises:
-            DeviceError: the libraries that it takes are not installed.
+            DeviceError: the libraries that it takes are not installed, or know no CUDA graphs.
         """
-        interface()
+        ffi = interface()
         gpu.load_tvm_runtime()
+        if ffi.get_global_func(GRAPHS, allow_missing=True) is None:
+            raise DeviceError(
+                f"the installed TVM was built without CUDA graphs: it has no {GRAPHS}"
+            )
         return cls(CUDA, shares=False)
 
     @property

@@ -80,6 +80,16 @@ class CompiledSource:
         return found
 
 
+class SteppedSource(CompiledSource):
+    """The same, a token at a time, as it generates."""
+
+    def logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """Run the compiled program once for each token."""
+        self._session.truncate(0)
+        for chunk in chunks(tokens, self.vocabulary):
+            yield np.concatenate([self._session.feed(token).copy() for token in chunk])
+
+
 class OnnxSource:
     """An ONNX decoder in onnxruntime, its graph optimisations off: they change Q/DQ results.
 

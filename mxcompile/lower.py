@@ -3,6 +3,10 @@
 The program is one function ``main(*inputs, [caches], weights)``. Weights are inputs, packed for the
 target's kernels; caches are inputs that attention updates in place. Fused operators become calls of
 kernel templates, everything else Relax operators that TVM fuses and our schedule vectorises.
+
+A decoder for a GPU has a second function, ``decode``: ``main`` for one token of one sequence, with
+the same weights and kernels. Only the capacity of the caches is free in it, so that its kernels
+launch as one CUDA graph (``targets.cuda_graph``).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +20,7 @@ import tvm
 from tvm import relax, s_tir, tirx
 
 from mxcompile import graph, linker, qdq
-from mxcompile.artifact import TensorSpec
+from mxcompile.artifact import DECODE, MAIN, TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
 from mxcompile.formats import CACHE_FORMATS, FORMATS, ActivationFormat
 from mxcompile.knobs import Choice
@@ -38,7 +42,7 @@ from mxcompile.relax_ops import (
     shape_of,
 )
 from mxcompile.target import Target
-from mxcompile.targets import cpu_attention, cpu_matmul, cpu_norm, packing
+from mxcompile.targets import cpu_attention, cpu_matmul, cpu_norm, cuda_graph, packing
 from mxcompile.targets import kernels as families
 
 MAX_INLINE: Final = 64
@@ -96,6 +100,11 @@ class _Builder:
     rounded: dict[ir.Value | None, tuple[Expr, Dims, int]] = field(default_factory=dict)
     made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     choice: Choice = field(default_factory=Choice)
+
+    def another(self, dims: Mapping[str, int]) -> "_Builder":
+        """For another function of the module, with the same weights and kernels; fixes dims."""
+        scope = Scope(self.scope.bb, symbols=dict(dims))
+        return replace(self, scope=scope, weight_vars={}, views={}, rounded={})
 
     @property
     def matmul(self) -> families.MatmulTemplates:
@@ -173,42 +182,51 @@ def lower(model: ir.Model, ctx: Context, choice: Choice | None = None) -> Lowere
     builder = _Builder(model, kernels, scope, choice=choice or Choice())
     _collect_weights(builder)
     specs = [_spec(v) for v in model.graph.inputs]
-    inputs = [relax.Var(s.name, _type(scope, s)) for s in specs]
-    cached = [s.name.startswith(CACHES) for s in specs]
-    cache_types = [_type(scope, s) for s, c in zip(specs, cached, strict=True) if c]
-    caches = relax.Var("caches", relax.TupleType(cache_types))
+    caches = tuple(s for s in specs if s.name.startswith(CACHES))
+    inputs = tuple(s for s in specs if s not in caches)
+    _function(builder, MAIN)
+    if kernels.graphs and caches:
+        one = {dim: 1 for spec in inputs for dim in spec.shape if isinstance(dim, str)}
+        _function(builder.another(one), DECODE, cuda_graph.INPUTS_STAY)
+    outputs = tuple(_spec(v) for v in _outputs(model))
+    return Lowered(scope.bb.finalize(), inputs, caches, outputs, builder.weights)
+
+
+def _outputs(model: ir.Model) -> list[ir.Value]:
+    return [v for v in model.graph.outputs if not graph.name(v).startswith(CACHES)]
+
+
+def _function(builder: _Builder, name: str, attrs: Mapping[str, int] | None = None) -> None:
+    """Add the whole graph as a function of that name."""
+    model, scope = builder.model, builder.scope
+    inputs = {v: relax.Var(s.name, _type(scope, s)) for v in model.graph.inputs for s in [_spec(v)]}
+    cached = [v for v in inputs if graph.name(v).startswith(CACHES)]
+    plain = [var for value, var in inputs.items() if value not in cached]
+    caches = relax.Var("caches", relax.TupleType([inputs[v].ty for v in cached]))
     # As a tuple, each of its hundreds of tensors would be checked in every call; kernels check too.
     weights = relax.Var("weights", relax.AnyType())
-    plain = [v for v, c in zip(inputs, cached, strict=True) if not c]
-    outputs = [v for v in model.graph.outputs if not graph.name(v).startswith(CACHES)]
-    with scope.bb.function("main", [*plain, *([caches] if cache_types else []), weights]):
+    params = [*plain, *([caches] if cached else []), weights]
+    with scope.bb.function(name, params, attrs=attrs):
         with scope.bb.dataflow():
-            for index, (name, array) in enumerate(builder.weights.items()):
-                builder.weight_vars[name] = scope.emit(
+            for index, (label, array) in enumerate(builder.weights.items()):
+                builder.weight_vars[label] = scope.emit(
                     relax.call_pure_packed(
-                        "vm.builtin.tuple_getitem",
+                        "ffi.ArrayGetItem",  # not "vm.builtin", which ends what a graph captures
                         weights,
                         tirx.IntImm("int64", index),
                         ty_args=relax.TensorType(array.shape, str(array.dtype)),
                     )
                 )
-            count = 0
-            for value, var, is_cache in zip(model.graph.inputs, inputs, cached, strict=True):
-                item = scope.emit(relax.TupleGetItem(caches, count)) if is_cache else var
-                scope.tensors[value] = item
-                count += is_cache
+            for value, var in inputs.items():
+                at = cached.index(value) if value in cached else None
+                scope.tensors[value] = (
+                    var if at is None else scope.emit(relax.TupleGetItem(caches, at))
+                )
             for node in model.graph:
                 _lower_node(builder, node)
-            results = [builder.tensor(v) for v in outputs]
+            results = [builder.tensor(v) for v in _outputs(model)]
             result = scope.bb.emit_output(results[0] if len(results) == 1 else relax.Tuple(results))
         scope.bb.emit_func_output(result)
-    return Lowered(
-        scope.bb.finalize(),
-        tuple(s for s, c in zip(specs, cached, strict=True) if not c),
-        tuple(s for s, c in zip(specs, cached, strict=True) if c),
-        tuple(_spec(v) for v in outputs),
-        builder.weights,
-    )
 
 
 def _spec(value: ir.Value) -> TensorSpec:
@@ -772,8 +790,12 @@ def _attended(
 ) -> Expr:
     placed = replace(attention, q=q[1])
     attend = builder.kernel(builder.kernels.attention.attend, placed, caches)
-    shape = (*shape_of(q[0])[:-1], attention.heads * attention.dim)
-    return builder.call(attend, [q[0], past, *parts], shape)
+    batch, seq, _ = shape_of(q[0])
+    scratch = [(batch, *shape) for shape in builder.kernels.attention.scratch(attention)]
+    shapes = [(batch, seq, attention.heads * attention.dim), *scratch]
+    types = [relax.TensorType(shape, "float32") for shape in shapes]
+    out = builder.scope.emit(relax.call_tir(attend, [q[0], past, *parts], types))
+    return builder.scope.emit(relax.TupleGetItem(out, 0)) if scratch else out
 
 
 def _attention(builder: _Builder, node: ir.Node) -> Expr:
@@ -864,6 +886,7 @@ def share_shapes(module: Any, _context: Any) -> Any:
 def phases(target: Target) -> dict[str, list[Any]]:
     """TVM's passes in the order in which they run, by phase."""
     transform = relax.transform
+    capture = [cuda_graph.capture(DECODE)] if families.of(target).graphs else []
 
     @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
     def schedule(module: Any, _context: Any) -> Any:
@@ -882,6 +905,7 @@ def phases(target: Target) -> dict[str, list[Any]]:
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),
             transform.StaticPlanBlockMemory(),
+            *capture,
             transform.LowerAllocTensor(),
             share_shapes,
             transform.KillAfterLastUse(),

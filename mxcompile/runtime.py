@@ -7,7 +7,9 @@ How a compiled module is called, where ``weights`` is a tuple in the manifest's 
   logits. ``input_ids`` and ``position_ids`` are int64 [batch, seq], ``past`` is int64 [1], the
   tokens already in the caches, and ``logit_positions`` int64 [n], which of the seq get logits:
   float32 [batch, n, vocabulary]. ``caches`` is a tuple of tensors [batch, kv_heads, capacity,
-  columns], listed in the manifest, that belong to the caller and are updated in place.
+  columns], listed in the manifest, that belong to the caller and are updated in place. One for a
+  GPU also has ``decode``, which takes the same for one token of one sequence and launches almost
+  all kernels as one CUDA graph: see ``_Decode``.
 """
 
 import itertools
@@ -71,20 +73,26 @@ def share_cores(function: Callable[[str], Any], where: Machine, count: int) -> N
 class Program:
     """A loaded artifact, ready to be called."""
 
-    def __init__(self, artifact: Artifact, main: Any, bound: Any, device: Device) -> None:
+    def __init__(
+        self, artifact: Artifact, library: Any, bound: Any, device: Device, *, graphs: bool = True
+    ) -> None:
         self.artifact = artifact
         self.manifest = artifact.manifest
         self.device = device
-        self._main = main
+        self._library = library
         self._weights = bound
+        machine = self._machine()
+        self._main = machine.get_function(artifacts.MAIN)
+        self.graphs = graphs and machine.implements_function(artifacts.DECODE)
 
     @classmethod
-    def load(cls, folder: Path, threads: int | None = None) -> Self:
+    def load(cls, folder: Path, threads: int | None = None, *, graphs: bool = True) -> Self:
         """Load the artifact in ``folder``; its weights are mapped, or copied to a GPU.
 
         Args:
             folder: an artifact.
             threads: how many; None for one a physical core.
+            graphs: whether a GPU's decode steps are CUDA graphs; else each kernel is launched.
 
         Raises:
             ArtifactError: it is damaged, or was made for another machine.
@@ -100,14 +108,23 @@ class Program:
         except KeyError as error:
             raise ArtifactError(f"{artifacts.WEIGHTS} has no tensor {error}") from error
         library = interface().load_module(str((folder / artifacts.CODE).absolute()))
-        vm = library.get_function("vm_load_executable")()
-        settings = [(number, 0, _POOLED) for number in device.numbers]
-        vm.get_function("vm_initialization")(*itertools.chain(*settings))
-        return cls(artifact, vm.get_function("main"), bound, device)
+        return cls(artifact, library, bound, device, graphs=graphs)
+
+    def _machine(self) -> Any:
+        """A virtual machine for the program's functions."""
+        machine = self._library.get_function("vm_load_executable")()
+        settings = [(number, 0, _POOLED) for number in self.device.numbers]
+        machine.get_function("vm_initialization")(*itertools.chain(*settings))
+        return machine
 
     def call(self, *arguments: Any) -> Any:
         """Call the program on TVM tensors; the weights are added."""
         return self._main(*arguments, self._weights)
+
+    def decoder(self) -> Callable[..., Any]:
+        """Give ``call`` for one token, in a virtual machine that goes when the caller drops it."""
+        decode = self._machine().get_function(artifacts.DECODE)
+        return lambda *arguments: decode(*arguments, self._weights)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run on arrays by name; a decoder starts with empty caches and gives all logits.
@@ -166,6 +183,7 @@ class Session:
         self._capacity = 0
         self._caches: Any = None
         self._inputs = _Inputs(1, program.device)
+        self._decode: _Decode | None = None
 
     def feed(
         self, tokens: ArrayLike, logits: Literal["last", "all"] = "last"
@@ -195,10 +213,14 @@ class Session:
         self.length = min(self.length, max(length, 0))
 
     def _step(self, ids: NDArray[np.int64], logits: str) -> NDArray[np.float32]:
-        if ids.size != self._inputs.size:
-            self._inputs = _Inputs(ids.size, self._program.device)
-        arguments = self._inputs.fill(ids, self.length, logits)
-        result = self._program.call(*arguments, self._caches)
+        if ids.size == 1 and self._program.graphs:
+            self._decode = self._decode or _Decode(self._program, self._caches)
+            result = self._decode(ids, self.length)
+        else:
+            if ids.size != self._inputs.size:
+                self._inputs = _Inputs(ids.size, self._program.device)
+            arguments = self._inputs.fill(ids, self.length, logits)
+            result = self._program.call(*arguments, self._caches)
         self.length += ids.size
         found = self._program.device.array(result)
         return cast(NDArray[np.float32], found[0])
@@ -212,7 +234,8 @@ class Session:
             capacity *= 2
         self._capacity = min(capacity, self.max_length)
         device, tensors = self._program.device, []
-        kept, self._caches = list(self._caches or ()), None
+        # What was recorded goes with the caches whose addresses it holds.
+        kept, self._caches, self._decode = list(self._caches or ()), None, None
         for index, spec in enumerate(self._tensors):
             _, heads, _, columns = spec.shape
             array = aligned((1, int(heads), self._capacity, int(columns)), np.dtype(spec.dtype))
@@ -221,6 +244,25 @@ class Session:
                 kept[index] = None  # frees the old one before the next is made
             tensors.append(device.tensor(array))
         self._caches = interface().Array(tensors)
+
+
+class _Decode:
+    """Steps of one token on some caches, which are one CUDA graph after the first.
+
+    A graph holds the addresses that the first step saw: of the inputs, the caches, the weights, and
+    of what its virtual machine allocated. TVM keeps it in that machine and finds it by the caches'
+    capacity alone. So the inputs are refilled and the caches never change; another session, or
+    other caches of this one, take another machine.
+    """
+
+    def __init__(self, program: Program, caches: Any) -> None:
+        self._function = program.decoder()
+        self._inputs = _Inputs(1, program.device)
+        self._caches = caches
+
+    def __call__(self, ids: NDArray[np.int64], past: int) -> Any:
+        """The logits of ``ids``, one token after ``past`` others."""
+        return self._function(*self._inputs.fill(ids, past, "last"), self._caches)
 
 
 class _Inputs:

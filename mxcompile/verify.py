@@ -23,6 +23,9 @@ Predictions hold within a small factor where damages add up, which they do up to
 wrong kernel or layout costs several nats. SLACK covers int8 activations, which are not predicted.
 """
 
+STEPS: Final = 48
+"""Tokens that are run one by one too, where that is a function of the program by itself."""
+
 
 def check_size(built: Artifact, budget: Size | None) -> None:
     """Raise VerificationError when the weight file is larger than the budget allows."""
@@ -61,6 +64,8 @@ def check(
         reference = evaluate.OnnxSource(model)
         tested = evaluate.CompiledSource(program)
         quality = evaluate.compare(reference, tested, samples.texts)
+        if program.graphs:
+            _check_steps(program, samples.texts[0][:STEPS])
         measure, what = quality["kld_mean"], "a KL divergence"
     else:
         quality = _compare_outputs(program, model, samples.verify)
@@ -75,6 +80,17 @@ def check(
     if not np.isfinite(measure):
         raise VerificationError(f"the compiled program is off: it has {what} of {measure}")
     return quality
+
+
+def _check_steps(program: Program, tokens: Sequence[int]) -> None:
+    """Texts are verified at once, with ``main``; a GPU's ``decode`` has to say the same of one."""
+    sources = evaluate.CompiledSource(program), evaluate.SteppedSource(program)
+    apart = evaluate.compare(*sources, [tokens])["kld_mean"]
+    if not apart <= SLACK:
+        raise VerificationError(
+            f"the compiled program's decode steps are off: they have a KL divergence of "
+            f"{apart:.3g} from the same tokens run at once"
+        )
 
 
 def _compare_outputs(program: Program, model: Path, feeds: Sequence[Feed]) -> dict[str, float]:

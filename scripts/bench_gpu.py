@@ -2,9 +2,10 @@
 
 GEMV: one row of int8 activations against packed weights, with the weights' bytes over the time as a
 share of the copy bandwidth that the same run measures. Caches are flushed before each repetition.
-``--artifact`` measures an artifact for this GPU end to end as ``mxcompile bench`` does, ``--x86``
-one of the same model for this machine's CPU, to compare with. ``--torch HF_DIR`` measures the model
-in fp16 with transformers' compiled decoding, where torch has CUDA.
+``--artifact`` measures an artifact for this GPU end to end as ``mxcompile bench`` does, with decode
+steps as CUDA graphs and, to compare with, without; ``--x86`` one of the same model for this
+machine's CPU. ``--torch HF_DIR`` measures the model in fp16 with transformers' compiled decoding,
+where torch has CUDA.
 
 Without a GPU it says so and exits with 6.
 """
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -98,11 +100,11 @@ def gemv(built: Any, device: Any, rows: int, columns: int, fmt: str, bandwidth: 
     }
 
 
-def decode_rate(folder: Path) -> Any:
+def decode_rate(folder: Path, *, graphs: bool = True) -> Any:
     """Tokens a second of an artifact."""
     from mxcompile.bench import bench
 
-    rows = bench(folder, prompt=256, generate=64, threads=[1], repetitions=5)
+    rows = bench(folder, prompt=256, generate=64, threads=[1], repetitions=5, graphs=graphs)
     return {row["test"]: row["tokens_per_s"] for row in rows}
 
 
@@ -155,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for name, folder, measure in (
         ("cuda", args.artifact, decode_rate),
+        ("cuda_without_graphs", args.artifact, partial(decode_rate, graphs=False)),
         ("x86", args.x86, decode_rate),
         ("torch_fp16", args.torch, torch_rate),
     ):

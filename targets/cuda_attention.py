@@ -110,8 +110,16 @@ class CudaAttention:
 
         return build(body)
 
+    def scratch(self, a: Attention) -> tuple[tuple[int, ...], ...]:
+        """A decode step's shares: a sum of weighted values, its highest score, sum of weights.
+
+        The caller gives the memory. What TVM would allocate in a call it may free when another
+        kernel wants more, and a CUDA graph holds on to its address.
+        """
+        return ((a.kv_heads, self.splits, a.group, a.dim + 2),)
+
     def attend(self, a: Attention, caches: Caches) -> tirx.PrimFunc:
-        """Make ``(q, past, *keys, *values, out)``: attend to caches that hold the own keys too."""
+        """Make ``(q, past, *keys, *values, out, shares)``: attend to caches with the own keys."""
 
         def body() -> None:
             batch, seq, longest = symbol("batch"), symbol("seq"), symbol("longest")
@@ -119,6 +127,7 @@ class CudaAttention:
             past = param("past", (1,), "int64")
             keys, values = caches.declare(a, batch, longest)
             out = param("out", (batch, seq, a.heads * a.dim))
+            shares = param("shares", (batch, *self.scratch(a)[0]))
 
             def source(b: Expr, h: Expr) -> _Source:
                 key, value = _cached(caches.key, keys, b, h), _cached(caches.value, values, b, h)
@@ -126,7 +135,7 @@ class CudaAttention:
 
             with T.If(seq == 1):
                 with T.Then():
-                    self._decode(a, source, out, batch)
+                    self._decode(a, source, out, shares, batch)
                 with T.Else():
                     self._prefill(a, source, out, batch, seq)
 
@@ -204,11 +213,11 @@ class CudaAttention:
             [batch * a.kv_heads, (seq * a.group + rows - 1) // rows], _THREADS, self.serial, body
         )
 
-    def _decode(self, a: Attention, source: "_Sources", out: Any, batch: Expr) -> None:
+    def _decode(self, a: Attention, source: "_Sources", out: Any, shares: Any, batch: Expr) -> None:
         """One position: blocks share the keys, then the shares are joined."""
-        shares = [batch * a.kv_heads, int64(self.splits), int64(a.group)]
-        partial = T.alloc_buffer([*shares, int64(a.dim)], "float32")
-        peaks, totals = (T.alloc_buffer(shares, "float32") for _ in range(2))
+
+        def place(pair: Expr, split: Expr, g: Expr, c: int | Expr) -> tuple[int | Expr, ...]:
+            return pair // a.kv_heads, pair % a.kv_heads, split, g, c
 
         def attend(block: Block) -> None:
             pair, split = block.index
@@ -221,32 +230,35 @@ class CudaAttention:
             walk.run(first, hold(T.min(first + share, high)))
 
             def put(r: Expr, _row: Expr, c: Expr, value: Expr, total: Expr) -> None:
-                store(partial, value, pair, split, r, c)
+                store(shares, value, *place(pair, split, r, c))
                 with when(c == 0):
-                    store(peaks, walk.peak[r], pair, split, r)
-                    store(totals, total, pair, split, r)
+                    store(shares, walk.peak[r], *place(pair, split, r, a.dim))
+                    store(shares, total, *place(pair, split, r, a.dim + 1))
 
             walk.finish(put)
 
         def join(block: Block) -> None:
             pair, g = block.index
 
+            def share(s: Expr, c: int | Expr) -> Expr:
+                return load(shares, *place(pair, s, g, c))
+
             def body(t: Expr) -> None:
                 top, total = registers(1, "float32"), registers(1, "float32")
                 store(top, T.float32(LOWEST), 0)
                 store(total, T.float32(0), 0)
                 with T.serial(0, self.splits) as s:
-                    store(top, T.max(top[0], peaks[pair, s, g]), 0)
+                    store(top, T.max(top[0], share(s, a.dim)), 0)
                 with T.serial(0, self.splits) as s:
-                    weight = T.exp(peaks[pair, s, g] - top[0])
-                    store(total, total[0] + weight * totals[pair, s, g], 0)
+                    weight = T.exp(share(s, a.dim) - top[0])
+                    store(total, total[0] + weight * share(s, a.dim + 1), 0)
 
                 def column(c: Expr) -> None:
                     value = registers(1, "float32")
                     store(value, T.float32(0), 0)
                     with T.serial(0, self.splits) as s:
-                        weight = T.exp(peaks[pair, s, g] - top[0])
-                        store(value, value[0] + weight * partial[pair, s, g, c], 0)
+                        weight = T.exp(share(s, a.dim) - top[0])
+                        store(value, value[0] + weight * share(s, c), 0)
                     b, h = pair // a.kv_heads, pair % a.kv_heads
                     store(out, value[0] / total[0], b, int64(0), (h * a.group + g) * a.dim + c)
 
@@ -254,8 +266,9 @@ class CudaAttention:
 
             block.phase(body)
 
-        launch([shares[0], self.splits], _THREADS, self.serial, attend)
-        launch([shares[0], a.group], _THREADS, self.serial, join)
+        pairs = batch * a.kv_heads
+        launch([pairs, self.splits], _THREADS, self.serial, attend)
+        launch([pairs, a.group], _THREADS, self.serial, join)
 
 
 @dataclass(frozen=True, slots=True)

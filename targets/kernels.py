@@ -86,8 +86,11 @@ class AttentionTemplates(Protocol):
         None where each step is a kernel.
         """
 
+    def scratch(self, a: Attention) -> tuple[tuple[int, ...], ...]:
+        """Shapes, for a sequence of the batch, of the float32 tensors that ``attend`` works in."""
+
     def attend(self, a: Attention, caches: Caches) -> PrimFunc:
-        """Make ``(q, past, *keys, *values, out)``."""
+        """Make ``(q, past, *keys, *values, out, *scratch)``."""
 
     def attend_all(self, a: Attention, mask: Mask | None) -> PrimFunc:
         """Make ``(q, k, v, [mask,] out)``."""
@@ -101,7 +104,8 @@ class Kernels:
     """What lowering to a family takes.
 
     ``schedule`` is for functions that no template made, ``pipeline`` is the name of TVM's passes
-    from functions to machine code, and ``building`` is to be entered around them.
+    from functions to machine code, and ``building`` is to be entered around them. With ``graphs`` a
+    decode step's kernels launch as one CUDA graph.
     """
 
     matmul: MatmulTemplates
@@ -110,6 +114,7 @@ class Kernels:
     schedule: Callable[[tvm.IRModule], tvm.IRModule]
     pipeline: str = "default"
     building: Callable[[], AbstractContextManager[Any]] = nullcontext
+    graphs: bool = False
 
 
 def of(target: Target) -> Kernels:
@@ -148,6 +153,9 @@ class _CpuAttention:
     def rotate(self, a: Attention, caches: Caches, rotation: Rotation) -> PrimFunc:
         return cpu_attention.rotate(a, caches, rotation, self.simd)
 
+    def scratch(self, a: Attention) -> tuple[tuple[int, ...], ...]:
+        return ()
+
     def attend(self, a: Attention, caches: Caches) -> PrimFunc:
         return cpu_attention.attend(a, caches, self.simd)
 
@@ -181,16 +189,21 @@ def _cuda(target: Target) -> Kernels:
         lambda mod: cuda_schedule.schedule(mod, tvm_target),
         cuda_schedule.pipeline(),
         lambda: cuda_binary.embedding(str(target.tvm["arch"])),
+        graphs=True,
     )
 
 
 def _cuda_on_cpu(target: Target) -> Kernels:
-    """The kernels of ``_cuda`` in a reading that shows on any CPU what they compute, not fast."""
+    """The kernels of ``_cuda`` in a reading that shows on any CPU what they compute, not fast.
+
+    What a CUDA graph would launch calls functions that only TVM's library for CUDA has.
+    """
     return Kernels(
         CudaMatmul(splits=2, tiles=2, batches=1, rows=1, serial=True),
         CudaNorm(serial=True),
         CudaAttention(splits=2, serial=True),
         _cpu(target).schedule,
+        graphs=True,
     )
 
 

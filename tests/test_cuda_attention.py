@@ -34,10 +34,11 @@ class Built:
     def __init__(self, reading: Reading, kernel: Any) -> None:
         self._main, self._tensor = reading.build({"main": kernel})["main"], reading.tensor
 
-    def __call__(self, inputs: list[Any], shape: tuple[int, ...]) -> Array:
-        out = self._tensor(np.full(shape, np.nan, np.float32))
-        self._main(*(self._tensor(x) if isinstance(x, np.ndarray) else x for x in inputs), out)
-        return np.asarray(out.numpy())
+    def __call__(self, inputs: list[Any], *shapes: tuple[int, ...]) -> Array:
+        """Call it; the first of the tensors that it writes is the result."""
+        written = [self._tensor(np.full(shape, np.nan, np.float32)) for shape in shapes]
+        self._main(*(self._tensor(x) if isinstance(x, np.ndarray) else x for x in inputs), *written)
+        return np.asarray(written[0].numpy())
 
 
 SHARED = ("windowed", "bytes", "nibbles", "nibbles and floats")
@@ -83,7 +84,8 @@ def test_cached_attention_matches_float64(
             cache.append(split(new, a.kv_heads), past)
         for found, part in zip(parts, (*keys.parts, *values.parts), strict=True):
             np.testing.assert_array_equal(found.numpy(), part)
-        out = attend([inputs[0], at, *parts], (batch, seq, a.heads * a.dim))
+        scratch = [(batch, *shape) for shape in reading.attention.scratch(a)]
+        out = attend([inputs[0], at, *parts], (batch, seq, a.heads * a.dim), *scratch)
         want, bound = reference(a, q, keys.rows(past + seq), values.rows(past + seq), past)
         np.testing.assert_allclose(out, want, atol=bound, rtol=0, err_msg=f"{seq} {past}")
 

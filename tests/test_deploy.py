@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mxcompile import artifact, cli, deploy
+from mxcompile import artifact, cli, deploy, weights
 from mxcompile.errors import ArtifactError, UsageError
 from tests import arm, conftest, toy
 
@@ -31,7 +31,9 @@ def graph(compiled: Path, mxrun: Path) -> Path:
     return compiled / "graph.mxc"
 
 
-def unpack_and_run(archive: Path, folder: Path, emulator: Sequence[str] = ()) -> None:
+def unpack_and_try(
+    archive: Path, folder: Path, emulator: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """Do what a device does, in an environment of its own."""
     with tarfile.open(archive) as packed:
         packed.extractall(folder, filter="data")
@@ -39,7 +41,12 @@ def unpack_and_run(archive: Path, folder: Path, emulator: Sequence[str] = ()) ->
     words = ["graph/mxrun", "graph/graph.mxc", "--input", "in.npz", "--output", "out.npz"]
     program = shutil.which(emulator[0]) if emulator else None
     command = [*([program, *emulator[1:]] if program else []), *words]
-    done = subprocess.run(command, cwd=folder, env={}, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env={}, capture_output=True, text=True, check=False)
+
+
+def unpack_and_run(archive: Path, folder: Path, emulator: Sequence[str] = ()) -> None:
+    """The device's results must be right."""
+    done = unpack_and_try(archive, folder, emulator)
     assert done.returncode == 0, done.stderr
     with np.load(folder / "out.npz") as found:
         np.testing.assert_array_equal(found["s"], FEEDS["x"] * toy.SCALE)
@@ -106,6 +113,22 @@ def test_the_library_serves_a_c_program(graph: Path, compiled: Path, tmp_path: P
         [tmp_path / "main", tmp_path / "none.mxc"], capture_output=True, text=True, check=False
     )
     assert (failed.returncode, "does not exist" in failed.stderr) == (1, True)
+
+
+def test_the_products_show_only_what_is_theirs(mxrun: Path) -> None:
+    """TVM's libraries would take what an executable shows under TVM's names for their own."""
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    names = {}
+    for product in deploy.PRODUCTS:
+        command = ["nm", "-D", "--defined-only", "--format=just-symbols"]
+        done = subprocess.run(
+            [*command, mxrun.parent / product], capture_output=True, text=True, check=True
+        )
+        names[product] = done.stdout.split()
+    assert not [name for name in names["mxrun"] if "3tvm3ffi" in name]
+    others = [n for n in names["libmxrun.so"] if not n.startswith(("mx_", "__tvm_ffi_"))]
+    assert (others, len(names["libmxrun.so"])) == ([], 13 + 2)
 
 
 def test_the_runner_is_compiled_once(
@@ -202,12 +225,32 @@ def test_the_verb(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "no C++ compiler" in capsys.readouterr().err
 
 
-def test_an_emulated_arm_machine(compiled_for_arm: Path, tmp_path: Path) -> None:
-    made = deploy.deploy(
-        compiled_for_arm / "graph.mxc",
-        tmp_path / "arm.tar.gz",
-        wheels=arm.WHEELS,
-        cache=conftest.RUNNERS,
-    )
+@pytest.mark.parametrize("compiler", [arm.COMPILER, "ziglang"])
+def test_an_emulated_arm_machine(
+    compiler: str, compiled_for_arm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that runs, and one that TVM finds not to fit its weights.
+
+    Zig links its own C++ library, which can catch nothing that TVM's libraries throw.
+    """
+    if compiler == "ziglang":
+        if importlib.util.find_spec("ziglang") is None:
+            pytest.skip("ziglang is not installed")
+        which = shutil.which
+        monkeypatch.setattr(
+            shutil, "which", lambda name: which(name) if name != arm.COMPILER else None
+        )
+    assert compiler in " ".join(deploy.compiler_for("aarch64", None))
+    right, archive = compiled_for_arm / "graph.mxc", tmp_path / "arm.tar.gz"
+    made = deploy.deploy(right, archive, wheels=arm.WHEELS, cache=conftest.RUNNERS)
     assert made.machine == "aarch64"
-    unpack_and_run(made.archive, tmp_path, arm.emulator("neon"))
+    unpack_and_run(archive, tmp_path, arm.emulator("neon"))
+    wrong = Path(shutil.copytree(right, tmp_path / "wrong" / "graph.mxc"))
+    weights.write(tmp_path / "short", {"w": toy.SCALE[:2].copy()})
+    record = artifact._record(tmp_path / "short")
+    files = {**artifact.load(wrong).manifest.files, artifact.WEIGHTS: record}
+    toy.edit_manifest(wrong, files=files)
+    shutil.copy(tmp_path / "short", wrong / artifact.WEIGHTS)
+    deploy.deploy(wrong, archive, wheels=arm.WHEELS, cache=conftest.RUNNERS)
+    done = unpack_and_try(archive, tmp_path, arm.emulator("neon"))
+    assert (done.returncode, "does not fit its program" in done.stderr) == (2, True), done.stderr

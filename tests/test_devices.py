@@ -2,12 +2,14 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mxcompile import devices, gpu
 from mxcompile.devices import Device
+from mxcompile.errors import DeviceError
 from mxcompile.runtime import Program, Session
 from tests import toy
 
@@ -36,7 +38,7 @@ def test_a_decoder_runs_on_copies(compiled: Path, monkeypatch: pytest.MonkeyPatc
     """As on a GPU: inputs go there at each step, logits come back, caches grow there."""
     shared = Program.load(compiled / "toy.mxc")
     bound = [COPYING.tensor(shared.device.array(weight)) for weight in shared._weights]
-    program = Program(shared.artifact, shared._main, devices.interface().Array(bound), COPYING)
+    program = Program(shared.artifact, shared._library, devices.interface().Array(bound), COPYING)
     tokens = np.random.default_rng(0).integers(0, toy.VOCABULARY, 700).tolist()
     session = Session(program)
     for part in (tokens[:3], tokens[3:4], tokens[4:600], tokens[600:]):
@@ -55,6 +57,16 @@ def test_machine_code_runs_on_later_minors(
 ) -> None:
     monkeypatch.setattr(gpu, "capability", lambda: capability)
     assert gpu.features() == {f"sm_{n}" for n in runs.split()}
+
+
+def test_a_tvm_without_cuda_graphs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(name: str, *, allow_missing: bool) -> None:
+        assert allow_missing and name == devices.GRAPHS
+
+    monkeypatch.setattr(gpu, "load_tvm_runtime", lambda: None)
+    monkeypatch.setattr(devices, "interface", lambda: SimpleNamespace(get_global_func=lacks))
+    with pytest.raises(DeviceError, match="built without CUDA graphs"):
+        Device.cuda()
 
 
 def test_gpus_compute_shapes_on_the_cpu() -> None:

@@ -7,16 +7,33 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 import pytest
+import tvm
 
-from mxcompile import cli, deploy, evaluate, gpu, graph, inspection, passes, target, weights
+from mxcompile import (
+    caches,
+    cli,
+    deploy,
+    evaluate,
+    gpu,
+    graph,
+    inspection,
+    lower,
+    passes,
+    runtime,
+    target,
+    verify,
+    weights,
+)
+from mxcompile.activations import choose_activations
 from mxcompile.artifact import Artifact
 from mxcompile.cache_choice import CacheChoice
 from mxcompile.compiler import Job, compile_model, price_model
@@ -28,14 +45,17 @@ from mxcompile.errors import (
     UsageError,
     VerificationError,
 )
-from mxcompile.formats import FORMATS
+from mxcompile.formats import CACHE_FORMATS, FORMATS
 from mxcompile.gptq import Quantizer
 from mxcompile.pipeline import Context, Pipeline
 from mxcompile.plan import PrecisionPlan, TileFormats
 from mxcompile.progress import Progress
 from mxcompile.runtime import Program, Session
+from mxcompile.samples import Samples
 from mxcompile.simulate import SimulatedSource
+from mxcompile.statistics import Statistics
 from mxcompile.targets import cuda_binary, packing
+from mxcompile.targets import kernels as families
 from mxcompile.text import TextModel
 from tests import arm, conftest, cuda
 
@@ -192,11 +212,26 @@ CUDA_READINGS = [
 ]
 
 
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda.Graphs]:
+    """Makes the target ``cuda-on-cpu``, and what stands in for CUDA graphs there."""
+    make, machines = Program._machine, []
+
+    def kept(program: Program) -> Any:
+        machines.append(make(program))  # so that none takes the address of one that is gone
+        return machines[-1]
+
+    monkeypatch.setattr(target, "find", lambda _: CUDA_ON_CPU)
+    monkeypatch.setattr(Program, "_machine", kept)
+    with cuda.graphs_on_cpu() as found:
+        yield found
+
+
 @pytest.mark.parametrize("where", CUDA_READINGS)
 def test_cuda_kernels_decode_as_their_emitted_onnx(
     where: str,
     compile_tiny: Callable[..., tuple[Artifact, Path]],
-    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """The whole model on the kernels of the CUDA targets: on a GPU, and in the reading of CPUs.
 
@@ -204,7 +239,7 @@ def test_cuda_kernels_decode_as_their_emitted_onnx(
     only one of the two chooses must be a near tie.
     """
     if where == CUDA_ON_CPU.name:
-        monkeypatch.setattr(target, "find", lambda _: CUDA_ON_CPU)
+        request.getfixturevalue("graphs")
     built, emitted = compile_tiny("int8", where, quick=True)
     assert built.manifest.quality, "the artifact was not verified"
     session = Session(Program.load(built.folder))
@@ -220,6 +255,114 @@ def test_cuda_kernels_decode_as_their_emitted_onnx(
     assert (chosen >= expected.max(1) - 2 * difference).all()
 
 
+class Pair:
+    """A session that decodes by CUDA graphs, and one that must give the same without them."""
+
+    def __init__(self, programs: list[Program]) -> None:
+        self.sessions = [Session(program) for program in programs]
+
+    def feed(self, tokens: list[int], logits: Literal["last", "all"] = "last") -> int:
+        """The token that both find most likely."""
+        found, expected = (session.feed(tokens, logits).copy() for session in self.sessions)
+        np.testing.assert_array_equal(found, expected)
+        return int(found[-1].argmax())
+
+    def truncate(self, length: int) -> None:
+        for session in self.sessions:
+            session.truncate(length)
+
+
+@pytest.mark.parametrize("where", CUDA_READINGS)
+def test_a_cuda_graph_is_launched_on_the_memory_that_it_was_recorded_on(
+    where: str,
+    compile_tiny: Callable[..., tuple[Artifact, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Sessions in turns, caches that grow, tokens that are forgotten, a session that goes."""
+    seen = request.getfixturevalue("graphs") if where == CUDA_ON_CPU.name else None
+    folder = compile_tiny("int8", where, quick=True)[0].folder
+    monkeypatch.setattr(runtime, "FIRST_CAPACITY", 8)
+    programs = [Program.load(folder, graphs=graphs) for graphs in (True, False)]
+    first, second = Pair(programs), Pair(programs)
+    a, b = first.feed(list(range(40, 50))), second.feed([7])
+    for _ in range(10):
+        a, b = first.feed([a]), second.feed([b], "all")
+    first.truncate(3)
+    assert [s.length for s in first.sessions] == [3, 3]
+    a = first.feed([first.feed([5, 6])])
+    del second
+    third = Pair(programs)
+    for token in range(60, 70):
+        a, _ = first.feed([a]), third.feed([token])
+    if seen is not None:
+        capacities = sorted(sizes for *_, sizes in seen.recorded)
+        assert capacities == [(8,), (8,), (16,), (16,), (16,), (32,)]
+        assert seen.launches == (10 + 1 + 10) + (1 + 10) + 10 - len(capacities)
+
+
+def test_a_machine_that_two_sessions_share_would_be_found(
+    graphs: cuda.Graphs,
+    compile_tiny: Callable[..., tuple[Artifact, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The test above can fail."""
+    program = Program.load(compile_tiny("int8", CUDA_ON_CPU.name, quick=True)[0].folder)
+    shared = program.decoder()
+    monkeypatch.setattr(program, "decoder", lambda: shared)
+    sessions = [Session(program) for _ in range(2)]
+    sessions[0].feed([5])
+    sessions[0].feed([5])
+    with pytest.raises(AssertionError, match="launched on other memory"):
+        sessions[1].feed([5])
+
+
+def test_decode_steps_are_verified(
+    graphs: cuda.Graphs,
+    tinylm: Path,
+    compile_tiny: Callable[..., tuple[Artifact, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built, _ = compile_tiny("int8", CUDA_ON_CPU.name, quick=True)
+    texts = [TextModel.beside(tinylm.parent).encode(PROMPT)]
+    samples = Samples((), (), (), texts)
+    assert verify.check(built, tinylm, samples, {})
+    assert graphs.launches >= len(texts[0]) - 1
+    step = runtime._Decode.__call__
+    monkeypatch.setattr(runtime._Decode, "__call__", lambda self, ids, past: step(self, ids, 0))
+    with pytest.raises(VerificationError, match="decode steps are off"):
+        verify.check(built, tinylm, samples, {})
+
+
+def launches(module: Any, name: str) -> int:
+    """The kernels that a function of a lowered module calls."""
+    calls = [b.value for block in module[name].body.blocks for b in block.bindings]
+    called = [module[c.op] for c in calls if isinstance(getattr(c, "op", None), tvm.ir.GlobalVar)]
+    return sum("tirx.is_host_func" not in function.attrs for function in called)
+
+
+@pytest.mark.parametrize("arch", [f"sm_{number}" for number in gpu.ARCHITECTURES])
+def test_a_cuda_graph_is_all_of_a_decode_step_but_its_last_kernel(
+    arch: str, tinylm: Path, mixed_plan: Path
+) -> None:
+    cuda.require_compiler()
+    where = cuda.machine(arch)
+    model = Pipeline.parse(passes.FRONT, passes.REGISTRY).run(graph.load(tinylm), Context(where))
+    plan = replace(
+        PrecisionPlan.from_json(json.loads(mixed_plan.read_text())),
+        activations=choose_activations(model, Statistics(0, {}, {}), "int8"),
+        caches=dict.fromkeys((c.name for c in caches.find(model)), CACHE_FORMATS["int8"]),
+    )
+    ctx = Context(where, plan)
+    fused = Pipeline.parse(f"{passes.QUANTIZE},{passes.FUSE}", passes.REGISTRY).run(model, ctx)
+    module = lower.lower(fused, ctx).module
+    with tvm.target.Target(dict(where.tvm)), families.of(where).building():
+        steps = [step for phase in lower.phases(where).values() for step in phase]
+        module = tvm.transform.Sequential(steps)(module)
+    assert launches(module, "decode") == 1
+    assert launches(module, "decode_cuda_graph_capture") + 1 == launches(module, "main") > 100
+
+
 def test_cuda_artifacts_hold_machine_code(
     compile_tiny: Callable[..., tuple[Artifact, Path]],
 ) -> None:
@@ -229,6 +372,8 @@ def test_cuda_artifacts_hold_machine_code(
     code = (built.folder / "model.so").read_bytes()
     assert set(cuda_binary.cubins(code)) == {"sm_80"}
     assert not cuda_binary.has_source(code)
+    # Memory that TVM's runtime library may free, while a CUDA graph still has its address.
+    assert b"TVMBackendAllocWorkspace" not in code
     if "sm_80" in target.features():
         assert built.manifest.quality
         return

@@ -1,11 +1,11 @@
 #include "program.h"
 
 #include <sys/mman.h>
-#include <tvm/ffi/extra/module.h>
 
 #include <algorithm>
 #include <cstring>
 
+#include "calls.h"
 #include "cpu.h"
 #include "error.h"
 #include "safetensors.h"
@@ -120,7 +120,7 @@ void set_threads(int count) {
     // The list gives the pool a worker a CPU and lets the workers move, as runtime.py explains.
     ffi::Array<ffi::String> names;
     for (const int cpu : cpus) names.push_back(std::to_string(cpu));
-    ffi::Function::GetGlobalRequired("runtime.config_threadpool")(kShareCores, count, names);
+    mx::call("runtime.config_threadpool", kShareCores, count, names);
 }
 
 Program::Program(const std::string& folder) : artifact_(open_artifact(folder)) {
@@ -135,13 +135,13 @@ Program::Program(const std::string& folder) : artifact_(open_artifact(folder)) {
     const std::string code = artifact_.path(kCode);
     try {
         // A bare name would be searched for among the system's libraries.
-        const ffi::Module library =
-            ffi::Module::LoadFromFile(code[0] == '/' ? code : "./" + code);
-        const auto load = library->GetFunction("vm_load_executable");
+        const ffi::Module library = load_module(code[0] == '/' ? code : "./" + code);
+        const auto load = find_function(library, "vm_load_executable");
         if (!load) fail(code + " holds no program");
-        const auto machine = (*load)().cast<ffi::Module>();
-        machine->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, kPooled);
-        const auto main = machine->GetFunction("main");
+        const auto machine = mx::call(*load).cast<ffi::Module>();
+        const auto initialize = find_function(machine, "vm_initialization").value();
+        mx::call(initialize, static_cast<int>(kDLCPU), 0, kPooled);
+        const auto main = find_function(machine, "main");
         if (!main) fail(code + " has no function main");
         main_ = *main;
     } catch (const ffi::Error& error) {
@@ -152,13 +152,11 @@ Program::Program(const std::string& folder) : artifact_(open_artifact(folder)) {
 ffi::Any Program::call(std::vector<ffi::Any> arguments) {
     arguments.emplace_back(weights_);
     std::vector<ffi::AnyView> views(arguments.begin(), arguments.end());
-    ffi::Any result;
     try {
-        main_.CallPacked(views.data(), static_cast<int32_t>(views.size()), &result);
+        return call_packed(main_, views.data(), views.size());
     } catch (const ffi::Error& error) {
         complain(artifact_.folder + " does not fit its program", error);
     }
-    return result;
 }
 
 void Program::check_feeds(const std::map<std::string, Tensor>& feeds,

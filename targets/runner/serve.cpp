@@ -4,8 +4,6 @@
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
-#include <tvm/ffi/extra/module.h>
-#include <tvm/ffi/function.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -20,6 +18,7 @@
 #include <sstream>
 #include <thread>
 
+#include "calls.h"
 #include "error.h"
 #include "json.h"
 
@@ -189,12 +188,10 @@ void run_session(const Socket& client, const std::string& folder) {
     const auto place = [folder](const ffi::String& name) {
         return ffi::String((std::filesystem::path(folder) / std::string(name)).string());
     };
-    const auto load = [place](const ffi::String& name) {
-        return ffi::Module::LoadFromFile(place(name));
-    };
-    ffi::Function::SetGlobal("tvm.rpc.server.workpath", ffi::Function::FromTyped(place), true);
-    ffi::Function::SetGlobal("tvm.rpc.server.load_module", ffi::Function::FromTyped(load), true);
-    ffi::Function::GetGlobalRequired("rpc.ServerLoop")(client.number());
+    const auto load = [place](const ffi::String& name) { return load_module(place(name)); };
+    ffi::Function::SetGlobal("tvm.rpc.server.workpath", offer(place), true);
+    ffi::Function::SetGlobal("tvm.rpc.server.load_module", offer(load), true);
+    call("rpc.ServerLoop", client.number());
 }
 
 void serve_client(std::unique_ptr<Socket> client) {
