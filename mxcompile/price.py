@@ -142,13 +142,13 @@ def price(
             importance = met if met.ndim == 1 else np.diagonal(met).copy()
             codebooks = {f: learn(weight, f, importance, name=unit.name) for f in formats}
             damage[unit.name] = np.zeros((unit.tiles, len(formats)))
+            left = FEEDBACK if met.ndim == 2 else 1.0
             step = max(BLOCK // (unit.columns * ROW_TILE), 1) * ROW_TILE
             for start in range(0, unit.rows, step):
                 block = weight[start : start + step]
                 tiles = slice(start // ROW_TILE, (start + step) // ROW_TILE)
-                damage[unit.name][tiles] = _block(
-                    unit.name, block, start, importance, statistics, codebooks
-                )
+                errors = _block(unit.name, block, start, importance, statistics, codebooks)
+                damage[unit.name][tiles] = left * errors
                 advance(block.size)
     return Costs(tuple(units), tuple(formats), damage)
 
@@ -167,7 +167,7 @@ def _block(
         for index, (fmt, codebook) in enumerate(codebooks.items()):
             quantized = quantize(block, fmt, importance, codebook=codebook, name=unit)
             delta = torch.from_numpy(dequantize(quantized, fmt) - block)
-            by_row[: len(block), index] = statistics.damage(unit, delta, start, FEEDBACK).numpy()
+            by_row[: len(block), index] = statistics.damage(unit, delta, start).numpy()
     tiles: Array = by_row.reshape(-1, ROW_TILE, len(codebooks)).sum(1)
     return tiles
 

@@ -147,19 +147,10 @@ class Statistics:
     rounding: Mapping[str, float] = field(default_factory=dict)
     caches: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-    def damage(self, unit: str, delta: Tensor, start: int = 0, correlated: float = 1.0) -> Tensor:
-        """The damage of errors in the rows of a unit from ``start`` on, [rows].
-
-        Args:
-            unit: Which.
-            delta: The errors, float32 [rows, columns].
-            start: The first row.
-            correlated: What is left of the damage where it is known which inputs go together.
-        """
-        total = torch.zeros(len(delta))
-        for use, f in zip(self.uses[unit], self.factors[unit], strict=True):
-            total += (correlated if use.moment.ndim == 2 else 1.0) * f * use.errors(delta, start)
-        return total
+    def damage(self, unit: str, delta: Tensor, start: int = 0) -> Tensor:
+        """The damage of errors in the rows of a unit from ``start`` on, [rows]."""
+        parts = zip(self.uses[unit], self.factors[unit], strict=True)
+        return sum((f * use.errors(delta, start) for use, f in parts), torch.zeros(len(delta)))
 
     def harm(self, unit: str, weight: Array) -> Array:
         """The damage of errors that are as large as a unit's weights [rows, columns], by row.

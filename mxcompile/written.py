@@ -24,10 +24,9 @@ from mxcompile.float_model import LOGITS, FloatModel
 from mxcompile.interpret import Values
 from mxcompile.progress import Progress
 
-SEQUENCES: Final = 18
+SEQUENCES: Final = 16
 LENGTH: Final = 256
-"""Half as many as there are of text, and two to verify with. In shorter ones the model hardly knows
-what it talks of."""
+"""Half as many as there are of text. In shorter ones the model hardly knows what it talks of."""
 
 PAST, PRESENT = "past_key_values.", "present."
 

@@ -49,7 +49,7 @@ def by_definition(weight: np.ndarray, statistics: Statistics, tile: int, choice:
     lookup, product = statistics.uses["w"]
     one = expected(lookup.rows, 300)[rows] * (delta**2 @ lookup.moment)
     other = shrunk(product.rows)[rows] * np.einsum("ok,kl,ol->o", delta, product.moment, delta)
-    return float((3.0 * one + FEEDBACK * 0.25 * other).sum())
+    return FEEDBACK * float((3.0 * one + 0.25 * other).sum())
 
 
 @pytest.mark.parametrize("block", [1, 40 * COLUMNS, 1 << 23])

@@ -1,5 +1,7 @@
 """Samples: rows of text that are spread over what is given, and feeds for a model's inputs."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from mxcompile.default_text import default_texts
 from mxcompile.errors import UnsupportedError, UsageError
 from mxcompile.samples import Samples, text_tokens, token_feeds
+from mxcompile.text import TextModel
 
 
 def model(text: str) -> ir.Model:
@@ -66,17 +69,25 @@ def test_other_inputs_are_named() -> None:
         token_feeds(pixels, np.array([[1]]))
 
 
-def test_what_a_model_writes_calibrates_and_verifies() -> None:
+def test_every_kind_of_text_calibrates_and_is_held_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["\n".join(f"{kind}{i:05d}" for i in range(9000)) for kind in "abc"]
+    monkeypatch.setattr("mxcompile.samples.default_texts", lambda: texts)
+    monkeypatch.setattr(TextModel, "beside", lambda _folder: TextModelOfCharacters())
     language_model = model(
-        "g (int64[batch, seq] input_ids) => (int64[batch, seq] y) { y = Identity(input_ids) }"
+        """g (int64[batch, seq] input_ids) => (int64[batch, seq] y) {
+            y = Identity(input_ids)
+        }"""
     )
-    feeds = token_feeds(language_model, np.array([[1, 2]]))
-    samples = Samples(feeds, feeds, feeds, texts=[[1, 2]], begin=[0])
-    tokens = np.arange(6 * 200).reshape(6, 200)
-    found = samples.with_written(language_model, tokens)
-    seen = [feed["input_ids"][0, 0].item() // 200 for feed in found.feeds[1:]]
-    assert seen == [0, 1, 3, 4]
-    assert [text[0] // 200 for text in found.texts[1:]] == [2, 5]
-    assert len(found.texts[1]) == 128
-    assert found.texts[0] == [1, 2]
-    assert found.begin is None
+    samples = Samples.find(language_model, tmp_path / "model.onnx", None)
+    calibrated = [tuple(feed["input_ids"][0].tolist()) for feed in samples.feeds]
+    assert len(calibrated) == 32
+    assert [text[1] for text in samples.texts] == [ord(kind) % 97 for kind in "abc"]
+    assert {len(text) for text in samples.texts} == {128}
+    assert not {tuple(text) for text in samples.texts} & {row[:128] for row in calibrated}
+    assert samples.begin is None  # it has no caches to write with
+
+
+class TextModelOfCharacters:
+    encode = staticmethod(encode)
