@@ -21,7 +21,7 @@ from mxcompile.formats import FORMATS, Format
 
 FILE: Final = "records.jsonl"
 
-KERNEL_SOURCES: Final = ("cpu_matmul.py", "cpu_norm.py", "packing.py")
+KERNEL_SOURCES: Final = ("cpu_matmul.py", "cpu_norm.py", "packing.py", "threads.c")
 """What a measured time depends on; comments too, as telling them apart is worth no mistake."""
 
 
