@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,7 +41,7 @@ from mxcompile.budget import Budgets
 from mxcompile.cache_choice import CacheChoice, choose_caches
 from mxcompile.errors import PlanError, UnsupportedError, UsageError
 from mxcompile.evidence import Evidence
-from mxcompile.float_model import FloatModel
+from mxcompile.float_model import Feed, FloatModel
 from mxcompile.formats import FORMATS, ActivationFormat
 from mxcompile.instruments import Dump, Verify
 from mxcompile.latency import Latency, predict
@@ -51,7 +51,7 @@ from mxcompile.plan import CODEBOOK_BYTES, PrecisionPlan, Rule
 from mxcompile.price import Costs
 from mxcompile.progress import Progress
 from mxcompile.records import Records
-from mxcompile.samples import Samples
+from mxcompile.samples import Samples, token_feeds
 from mxcompile.solve import ANY_SPEED, Solution, solve, sweep
 from mxcompile.statistics import Statistics
 from mxcompile.survey import WIDE, survey
@@ -328,7 +328,8 @@ def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
 def price_model(job: Job, progress: Progress) -> Priced:
     """All that plans are made from, whatever the budget."""
     where = target.find(job.target)
-    model, samples, kept = _prepare(job, where, progress)
+    model, samples = _prepare(job, where, progress)
+    kept = _kept(job, samples)
     model, statistics = _observed(job, where, model, samples, kept, progress)
     if not graph.units(model):  # only now: an operator that nobody supports is the better reason
         raise UnsupportedError(f"{job.model} has no weight that is large enough to plan")
@@ -340,7 +341,8 @@ def price_model(job: Job, progress: Progress) -> Priced:
 def sweep_budgets(job: Job, progress: Progress) -> list[dict[str, float]]:
     """Bytes, bits a weight and predicted damage of the best plans from least to most bytes."""
     where = target.find(job.target)
-    model, samples, kept = _prepare(job, where, progress)
+    model, samples = _prepare(job, where, progress)
+    kept = _kept(job, samples)
     model, statistics = _observed(job, where, model, samples, kept, progress)
     costs = _prices(job, model, statistics, kept, progress).bind(job.rules)
     count, fixed = graph.parameters(model), _fixed_bytes(model)
@@ -382,20 +384,14 @@ def _run(job: Job, pipeline: str, model: ir.Model, ctx: Context) -> ir.Model:
     return Pipeline.parse(pipeline, passes.REGISTRY).run(model, ctx, watchers)
 
 
-def _prepare(
-    job: Job, where: target.Target, progress: Progress
-) -> tuple[ir.Model, Samples, Path | None]:
-    """The canonical model, samples, and where what is measured on them is kept, if anywhere."""
+def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Model, Samples]:
+    """The canonical model, and samples."""
     with progress.stage("load"):
         model = graph.load(job.model)
         graph.fix_shapes(model, dict(map(_parse_shape, job.shapes)))
         model = _run(job, passes.FRONT, model, Context(where))
         samples = Samples.find(model, job.model, job.calibration)
-    kept = _kept(job, samples)
-    if samples.begin is not None:
-        tokens = _written(model, samples.begin, kept, progress)
-        samples = samples.with_written(model, tokens.numpy())
-    return model, samples, kept
+    return model, samples
 
 
 def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
@@ -446,7 +442,7 @@ def _statistics(
         return calibrate.collect(
             model,
             graph.uses(model),
-            samples.feeds,
+            [*samples.feeds, *_written(model, samples, kept, progress)],
             samples.probes,
             sensitivity=job.sensitivity,
             progress=progress,
@@ -457,16 +453,19 @@ def _statistics(
 
 
 def _written(
-    model: ir.Model, begin: Sequence[int], kept: Path | None, progress: Progress
-) -> Tensor:
-    """What the model writes itself."""
+    model: ir.Model, samples: Samples, kept: Path | None, progress: Progress
+) -> list[Feed]:
+    """What the model writes itself, where it is to."""
+    if samples.begin is None:
+        return []
+    begin = samples.begin
 
     def write() -> Tensor:
         return written.write(FloatModel(model, graph.uses(model)), begin, progress)
 
     tokens = write() if kept is None else written.cached(Path(f"{kept}.written.safetensors"), write)
     memory.release()
-    return tokens
+    return token_feeds(model, tokens.numpy())
 
 
 def _observed(
@@ -522,9 +521,9 @@ def _plan(job: Job, where: target.Target, progress: Progress) -> Planned:
     strategies.find(job.strategy)
     if job.plan is None:
         return _choose(job, where, price_model(job, progress), progress)
-    model, samples, kept = _prepare(job, where, progress)
+    model, samples = _prepare(job, where, progress)
     plan = _read_plan(job.plan, model)
-    model, statistics = _observed(job, where, model, samples, kept, progress)
+    model, statistics = _observed(job, where, model, samples, _kept(job, samples), progress)
     if not plan.activations or job.activations != AUTO:
         plan = replace(plan, activations=choose_activations(model, statistics, job.activations))
     if not plan.caches or job.caches is not None:

@@ -42,7 +42,6 @@ LIBRARIES: Final = {
 }
 """The distribution and the library of it that a runner needs, by their names in a manifest."""
 
-HEADERS: Final = "tvm_ffi/include"
 PRODUCTS: Final = ("mxrun", "libmxrun.so")
 FLAGS: Final = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Dtvm=tvm_in_mxrun")
 """What TVM's headers define gets names of its own: its libraries would take what an executable has
@@ -226,10 +225,11 @@ def _find_wheel(folder: Path, distribution: str, version: str, machine: str) -> 
 def _unpack(wheel: Path, folder: Path) -> None:
     """Unpack what a runner is built and shipped with: two libraries, headers and licenses."""
     libraries = {library for _, library in LIBRARIES.values()}
+    headers = f"{linker.HEADERS}/"
     try:
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
-                if name in libraries or name.startswith(f"{HEADERS}/") or "/licenses/" in name:
+                if name in libraries or name.startswith(headers) or "/licenses/" in name:
                     archive.extract(name, folder)
     except zipfile.BadZipFile as error:
         raise UsageError(f"{wheel} is not a wheel: {error}") from error
@@ -298,7 +298,7 @@ def _compile(compiler: Sequence[str], found: Runtime, files: Sequence[Path], wor
     """Compile into ``work``: each file by itself, two at a time, then link both products."""
     flags = [
         *FLAGS,
-        *("-isystem", str(found.folder / HEADERS)),
+        *("-isystem", str(found.folder / linker.HEADERS)),
         f'-DMXRUN_TVM_VERSION="{found.versions["tvm"]}"',
         f'-DMXRUN_TVM_FFI_VERSION="{found.versions["tvm_ffi"]}"',
     ]
@@ -310,8 +310,7 @@ def _compile(compiler: Sequence[str], found: Runtime, files: Sequence[Path], wor
             for path, target in zip(code, objects, strict=True)
         ]
         list(pool.map(_run, commands))
-    exports = next(path for path in files if path.name == EXPORTS)
-    link = [*LINK, f"-Wl,--version-script={exports}", *map(str, found.libraries)]
+    link = [*LINK, f"-Wl,--version-script={sources() / EXPORTS}", *map(str, found.libraries)]
     library = [target for target in objects if not target.endswith("/main.o")]
     _run([*compiler, *objects, *link, "-o", str(work / "mxrun")])
     _run([*compiler, "-shared", *library, *link, "-o", str(work / "libmxrun.so")])

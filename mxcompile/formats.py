@@ -85,6 +85,11 @@ class Format:
         return 2.0 ** (self.value_bits - ZERO_BITS)
 
     @property
+    def zeros(self) -> tuple[int, int]:
+        """The least and the largest zero-point."""
+        return (MIDDLE, MIDDLE) if self.centred else (0, (1 << ZERO_BITS) - 1)
+
+    @property
     def planes(self) -> tuple[int, ...]:
         """The widths of the bit planes that a code is stored in, low bits first."""
         return (8,) if self.bits == 8 else tuple(w for w in (4, 2, 1) if self.bits & w)

@@ -310,6 +310,25 @@ def replace_uses(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
+def take_place(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
+    """Let ``new`` be what ``old`` was: its type, shape and name, and everything that reads it."""
+    new.type, new.shape, new.name, old.name = old.type, old.shape, old.name, None
+    replace_uses(model, old, new)
+
+
+def read_once(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """What computes a value that one node alone reads, if it is such an operator."""
+    node = value.producer() if value is not None else None
+    if value is None or node is None or (node.domain, node.op_type) != ("", op_type):
+        return None
+    return node if len(value.uses()) == 1 and not value.is_graph_output() else None
+
+
+def last_axis_only(node: ir.Node, rank: int) -> bool:
+    """Whether an operator that has an axis, or works on all from it on, is given the last one."""
+    return int(node.attributes.get_int("axis", -1) or 0) % rank == rank - 1
+
+
 def weight_of(node: ir.Node) -> tuple[ir.Value, UseKind] | None:
     """The weight that a node reads as a plannable matrix, if it does."""
     if node.domain == DOMAIN and node.op_type == "Linear" and is_constant(node.inputs[1]):

@@ -21,6 +21,9 @@ from mxcompile.errors import UsageError
 GLIBC: Final = "2.28"
 """What a device must have at least, where Zig links; TVM's wheels ask for the same."""
 
+HEADERS: Final = "tvm_ffi/include"
+"""In the packages of apache-tvm-ffi."""
+
 _SOURCE: Final = Path(str(importlib.resources.files("mxcompile.targets"))) / "threads.c"
 _THREADS: Final = ("-O2", "-fPIC", "-fvisibility=hidden")
 
@@ -47,14 +50,18 @@ def find(triple: str, language: Literal["cc", "c++"] = "cc") -> list[str]:
     )
 
 
+def headers() -> str:
+    """The folder of the headers that are installed."""
+    return str(metadata.distribution("apache-tvm-ffi").locate_file(HEADERS))
+
+
 def link(triple: str, output: str, objects: Sequence[str]) -> None:
     """Link object files, and the threads that run their parallel loops, to a shared library.
 
     Raises:
         UsageError: nothing here can, or it fails.
     """
-    headers = metadata.distribution("apache-tvm-ffi").locate_file("tvm_ffi/include")
-    threads = [*_THREADS, "-isystem", str(headers), "-x", "c", str(_SOURCE), "-x", "none"]
+    threads = [*_THREADS, "-isystem", headers(), "-x", "c", str(_SOURCE), "-x", "none"]
     command = [*find(triple), "-shared", *threads, "-o", output, *objects, "-lm", "-pthread"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -545,7 +545,7 @@ def _norm(builder: _Builder, node: ir.Node) -> Any:
         wide = builder.tensor(x)
         shape = shape_of(wide)
         parts, size, columns = 1, int(shape[-1]), None
-    if not _last_axis_only(node, len(shape)):
+    if not graph.last_axis_only(node, len(shape)):
         raise UnsupportedError(f"{graph.describe(node)} normalizes more than the last axis")
     runs = cpu_norm.Runs(size, parts, len(shape_of(wide)), columns)
     out = (*shape_of(wide)[:-1], parts * size)
@@ -628,14 +628,10 @@ def _gate(builder: _Builder, node: ir.Node) -> list[Any] | Expr:
     return []
 
 
-def _last_axis_only(node: ir.Node, rank: int) -> bool:
-    return int(node.attributes.get_int("axis", -1) or 0) % rank == rank - 1
-
-
 def _softmax(builder: _Builder, node: ir.Node) -> Expr:
     x = builder.tensor(node.inputs[0])
     shape = shape_of(x)
-    if not _last_axis_only(node, len(shape)):
+    if not graph.last_axis_only(node, len(shape)):
         return builder.scope.emit(OPERATORS["Softmax"](builder.scope, node))
     size = shape[-1] if isinstance(shape[-1], int) else 0
     kernel = builder.kernel(builder.kernels.norm.softmax, cpu_norm.Runs(size, 1, len(shape)))

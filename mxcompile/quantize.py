@@ -22,13 +22,12 @@ import torch
 
 from mxcompile import workers
 from mxcompile.errors import UsageError
-from mxcompile.formats import FORMATS, GROUP, MIDDLE, SCALE_BITS, ZERO_BITS, Format, groups
+from mxcompile.formats import FORMATS, GROUP, SCALE_BITS, Format, groups
 from mxcompile.plan import ROW_TILE, TileFormats
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 MAX_SCALE: Final = (1 << SCALE_BITS) - 1
-MAX_ZERO: Final = (1 << ZERO_BITS) - 1
 MAX_ROW_SCALE: Final = float(np.finfo(np.float16).max)
 
 BLOCK: Final = 1 << 17
@@ -311,10 +310,10 @@ class _Grid:
         for factor in search.shrink:
             scale = (self.full * factor / self.unit).round().clamp(1, MAX_SCALE)
             for shift in search.shifts:
-                self._try(scale, (nearest + shift).clamp(0, MAX_ZERO))
+                self._try(scale, (nearest + shift).clamp(*self.fmt.zeros))
         for step in search.steps:
-            for shift in () if self.fmt.centred else (-1, 1):
-                self._try(self.scale, (self.zero + shift).clamp(0, MAX_ZERO))
+            for shift in (-1, 1):
+                self._try(self.scale, (self.zero + shift).clamp(*self.fmt.zeros))
             for sign in (-1, 1):
                 change = (self.scale * step).round().clamp(min=1)
                 self._try((self.scale + sign * change).clamp(1, MAX_SCALE), self.zero)
@@ -374,15 +373,13 @@ def _holding(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Each range's ideal zero-point, and the storable one that holds it at the least scale."""
     top, step = fmt.top, fmt.zero_step
-    ideal = (top / step * -low / (high - low)).nan_to_num(0).clamp(0, MAX_ZERO)
+    ideal = (top / step * -low / (high - low)).nan_to_num(0).clamp(*fmt.zeros)
     best = torch.full_like(ideal, torch.inf)
     zero = torch.zeros_like(ideal)
     # Three neighbours, because a range that is all but one-sided may round to a zero-point
     # that leaves its other side no code.
-    if fmt.centred:
-        ideal = torch.full_like(ideal, MIDDLE)
-    for shift in (0,) if fmt.centred else (0, 1, -1):
-        candidate = (ideal.floor() + shift).clamp(0, MAX_ZERO)
+    for shift in (0, 1, -1):
+        candidate = (ideal.floor() + shift).clamp(*fmt.zeros)
         below, above = candidate * step, top - candidate * step
         # Nothing below (above) zero needs no room there, however little there is.
         scale = torch.maximum(

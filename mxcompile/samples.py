@@ -1,7 +1,7 @@
 """Samples of a model's inputs: what calibration runs on, and other ones to verify with."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
@@ -47,7 +47,7 @@ class Samples:
 
     ``texts`` are token windows for language models; ``verify`` are whole feeds for all others.
     ``begin`` is what begins a text that the model itself is to write, as more to calibrate on; None
-    where it is not to, or has.
+    where it is not to.
     """
 
     feeds: Sequence[Feed]
@@ -90,10 +90,6 @@ class Samples:
             tokenizer.encode("") if written.can_write(model) else None,
         )
 
-    def with_written(self, model: ir.Model, tokens: Array) -> Self:
-        """The same with ``tokens`` [sequences, length] that the model wrote from ``begin``."""
-        return replace(self, feeds=[*self.feeds, *token_feeds(model, tokens)], begin=None)
-
 
 def _held(
     encode: Callable[[str], list[int]], texts: Sequence[str], rows: Array, length: int
@@ -103,9 +99,9 @@ def _held(
     It is the row that does not calibrate, or else how the text begins, where none that does begins.
     """
     held = {i % len(texts): rows[i, :length] for i in range(SEQUENCES, len(rows))}
-    for index, text in enumerate(texts):
-        tokens = encode(text[: length * SPAN])[:length]
-        if index not in held and len(tokens) == length:
+    for index in set(range(len(texts))) - held.keys():
+        tokens = encode(texts[index][: length * SPAN])[:length]
+        if len(tokens) == length:
             held[index] = np.array(tokens)
     return np.array([held[index] for index in sorted(held)]) if held else rows[-1:, :length]
 

@@ -86,6 +86,4 @@ def _fuse(
     graph.define(model, graph.overloaded(overload, DEFINITIONS[overload]))
     call = ir.Node(graph.DOMAIN, GATE, [gate, up], overload=overload, name=node.name)
     model.graph.insert_after(node, call)
-    old, new = node.outputs[0], call.outputs[0]
-    new.type, new.shape, new.name, old.name = old.type, old.shape, old.name, None
-    graph.replace_uses(model, old, new)
+    graph.take_place(model, node.outputs[0], call.outputs[0])

@@ -79,7 +79,7 @@ def rounded_format(model: ir.Model, value: ir.Value) -> ActivationFormat | None:
 def _normalizes_rows(norm: ir.Node) -> bool:
     x = norm.inputs[0]
     rank = len(x.shape) if x is not None and x.shape is not None else 0
-    return rank == 3 and int(norm.attributes.get_int("axis", -1) or 0) in (-1, 2)
+    return rank == 3 and graph.last_axis_only(norm, rank)
 
 
 def _alike(x: ir.Value | None, total: ir.Value | None) -> bool:
@@ -110,21 +110,13 @@ def _fuse(model: ir.Model, add: ir.Node, norm: ir.Node) -> None:
     )
     model.graph.insert_after(add, node)
     for old, new in zip((add.outputs[0], norm.outputs[0]), node.outputs, strict=True):
-        new.type, new.shape, new.name, old.name = old.type, old.shape, old.name, None
-        graph.replace_uses(model, old, new)
+        graph.take_place(model, old, new)
 
 
 def _is_inner(value: ir.Value | None) -> bool:
     """Whether a value is a norm of rows that nothing but the addition reads."""
-    producer = value.producer() if value is not None else None
-    return (
-        value is not None
-        and producer is not None
-        and producer.op_type == "RMSNormalization"
-        and _normalizes_rows(producer)
-        and len(value.uses()) == 1
-        and not value.is_graph_output()
-    )
+    norm = graph.read_once(value, "RMSNormalization")
+    return norm is not None and _normalizes_rows(norm)
 
 
 def epsilon(norm: ir.Node) -> float:

@@ -64,25 +64,16 @@ class FuseRotary(Pass):
         """Fuse every cached attention whose queries and keys are turned alike for it alone."""
         found = False
         for node in graph.select(model.graph, "CachedAttention", graph.DOMAIN):
-            turns = [_read_once(x, "RotaryEmbedding") for x in node.inputs[:2]]
-            if turns[0] is not None and turns[1] is not None and _alike(node, *turns):
-                _fuse(model, node, turns[0], turns[1])
+            q, k = (graph.read_once(x, "RotaryEmbedding") for x in node.inputs[:2])
+            if q is not None and k is not None and _alike(node, q, k):
+                _fuse(model, node, q, k)
                 found = True
         graph.prune(model)
         return found
 
 
-def _read_once(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """What computes a value that is read once, if it is such an operator."""
-    node = value.producer() if value is not None else None
-    if value is None or node is None or (node.domain, node.op_type) != ("", op_type):
-        return None
-    return node if len(value.uses()) == 1 and not value.is_graph_output() else None
-
-
-def _alike(attention: ir.Node, q: ir.Node | None, k: ir.Node | None) -> bool:
+def _alike(attention: ir.Node, q: ir.Node, k: ir.Node) -> bool:
     """Whether queries and keys are turned by the same angles, in the form that is lowered."""
-    assert q is not None and k is not None
     return (
         q.inputs[1:] == k.inputs[1:]
         and len(q.inputs) == 3
@@ -99,9 +90,9 @@ def _turned(rotary: ir.Node) -> int:
 
 def _head_norm(rotary: ir.Node) -> tuple[ir.Value, ir.Node] | None:
     """The [batch, seq, columns] value before a norm of the heads that are turned, and the norm."""
-    merge = _read_once(rotary.inputs[0], "Reshape")
-    norm = _read_once(merge.inputs[0], "RMSNormalization") if merge is not None else None
-    split = _read_once(norm.inputs[0], "Reshape") if norm is not None else None
+    merge = graph.read_once(rotary.inputs[0], "Reshape")
+    norm = graph.read_once(merge.inputs[0], "RMSNormalization") if merge is not None else None
+    split = graph.read_once(norm.inputs[0], "Reshape") if norm is not None else None
     if norm is None or split is None:
         return None
     whole, parts = split.inputs[0], split.outputs[0]
@@ -109,8 +100,7 @@ def _head_norm(rotary: ir.Node) -> tuple[ir.Value, ir.Node] | None:
         return None
     heads = rotary.attributes.get_int("num_heads", 0)
     by_head = len(whole.shape) == 3 and len(parts.shape) == 4 and parts.shape[2] == heads
-    last = int(norm.attributes.get_int("axis", -1) or 0) in (-1, 3)
-    return (whole, norm) if by_head and last else None
+    return (whole, norm) if by_head and graph.last_axis_only(norm, 4) else None
 
 
 def _definition(caches: str, parts: int, *, normed: bool) -> str:
@@ -153,5 +143,4 @@ def _fuse(model: ir.Model, node: ir.Node, turn_q: ir.Node, turn_k: ir.Node) -> N
     )
     model.graph.insert_after(node, call)
     for old, new in zip(node.outputs, call.outputs, strict=True):
-        new.type, new.shape, new.name, old.name = old.type, old.shape, old.name, None
-        graph.replace_uses(model, old, new)
+        graph.take_place(model, old, new)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -61,15 +61,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     threads = args.t.split(",")
-    medians = []
-    sides = [Side(t, sys.executable, __file__, [args.artifact, t, args.n]) for t in threads]
-    try:
+    with ExitStack() as stack:
+        sides = [
+            stack.enter_context(Side(t, sys.executable, __file__, [args.artifact, t, args.n]))
+            for t in threads
+        ]
         take_turns(sides, args.rounds)
         with busy_core():
             take_turns(sides, args.rounds)
-    finally:
-        for side in sides:
-            side.__exit__()
+    medians = []
     for side in sides:
         rates = [found["tokens_per_s"] for found in side.found]
         parts = rates[: args.rounds], rates[args.rounds :]

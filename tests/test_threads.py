@@ -2,10 +2,11 @@
 
 import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from mxcompile import linker
 
 SOURCE = Path(__file__).parent / "stress_threads.c"
 
@@ -14,9 +15,8 @@ def compiled(folder: Path, *flags: str) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("there is no C compiler")
-    headers = metadata.distribution("apache-tvm-ffi").locate_file("tvm_ffi/include")
     program = folder / "threads"
-    words = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-isystem", str(headers)]
+    words = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-isystem", linker.headers()]
     command = [compiler, *words, *flags, str(SOURCE), "-o", str(program), "-pthread"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and flags:
