@@ -35,7 +35,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n logical --maxprocesses 8 --dist loadfile
 
 test-gpu: $(READY)
 	@if $(BIN)/python -c 'import sys; from mxcompile import gpu; sys.exit(not gpu.features())'; then \

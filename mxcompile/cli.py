@@ -375,11 +375,11 @@ def _plan(args: argparse.Namespace) -> None:
         return _show(
             args, rows, _table(head, [[_number(row[key]) for key in head] for row in rows])
         )
-    plan = plan_model(job, shown)
+    planned = plan_model(job, shown)
     if args.output:
         with whole(args.output) as draft:
-            draft.write_text(json.dumps(plan.to_json()))
-    facts = describe_plan(plan)
+            draft.write_text(json.dumps(planned.plan.to_json()))
+    facts = {**describe_plan(planned.plan), "predicted": dict(planned.predicted)}
     return _show(args, {"kind": "plan", **facts}, _describe_plan(facts))
 
 
@@ -392,6 +392,9 @@ def _describe_plan(facts: dict[str, Any]) -> str:
     lines = [head, f"formats   {_describe_formats(facts['formats'])}"]
     if facts["caches"]:
         lines.append("KV cache  " + _describe_counts(Counter(facts["caches"].values())))
+    if "predicted" in facts:
+        predicted = (f"{k.replace('_', ' ')} {_number(v)}" for k, v in facts["predicted"].items())
+        lines.append("predicted " + ", ".join(predicted))
     return "\n".join([*lines, _tensor_table(facts)])
 
 

@@ -320,9 +320,9 @@ def _uniform_quality(
         return _build(other, where, uniform, progress).manifest.quality
 
 
-def plan_model(job: Job, progress: Progress) -> PrecisionPlan:
-    """The plan that ``compile_model`` would compile."""
-    return _plan(job, target.find(job.target), progress).plan
+def plan_model(job: Job, progress: Progress) -> Planned:
+    """What ``compile_model`` would compile."""
+    return _plan(job, target.find(job.target), progress)
 
 
 def price_model(job: Job, progress: Progress) -> Priced:
@@ -635,13 +635,14 @@ def _latency(
 
 
 def _predictions(found: Solution, model: ir.Model) -> dict[str, float | str]:
-    return {
+    predicted: dict[str, float | str] = {
         "damage": found.damage,
         "gap": found.gap,
         "method": found.method,
         "bits_per_weight": 8 * found.bytes / graph.parameters(model),
         "damage_per_byte": found.price,
     }
+    return predicted if found.rate is None else {**predicted, "tokens_per_s": found.rate}
 
 
 def _read_plan(path: Path, model: ir.Model) -> PrecisionPlan:

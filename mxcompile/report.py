@@ -31,6 +31,7 @@ _PREDICTED: Final = {
     "method": "found by",
     "bits_per_weight": "bits per weight, all-in",
     "damage_per_byte": "shadow price: what one more byte would save",
+    "tokens_per_s": "decode rate, tokens a second",
 }
 """What the solver's numbers mean."""
 

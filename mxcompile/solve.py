@@ -58,7 +58,7 @@ class Solution:
         plan: The format of every tile.
         damage: The summed damage of the plan, as priced.
         bytes: The bytes of all packed tiles, and of what is not planned.
-        nanoseconds: What the tiles take of a decode step.
+        rate: Tokens a second that are predicted; None where no latency was given.
         gap: A bound on ``(damage - least possible damage) / damage``.
         price: The damage that one more byte would save, the Lagrange multiplier of the size.
         method: What found the plan.
@@ -67,7 +67,7 @@ class Solution:
     plan: PrecisionPlan
     damage: float
     bytes: int
-    nanoseconds: int
+    rate: float | None
     gap: float
     price: float
     method: Method
@@ -117,11 +117,12 @@ def solve(
     else:
         found = _smallest(problem, size, spend, budgets.divergence, exact_tiles)
     damage = problem.total(found.choice)
+    timed = latency is not ANY_SPEED
     return Solution(
         _plan(costs, found.choice),
         damage,
         problem.size(found.choice) + fixed_bytes,
-        problem.spent(found.choice),
+        latency.rate(problem.spent(found.choice), fixed_bytes) if timed else None,
         _gap(damage, found.bound),
         found.price,
         found.method,

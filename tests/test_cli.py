@@ -49,7 +49,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, compiled: Path) -> list[Any]:
 
     def plan_model(job: Any, progress: Any) -> Any:
         asked.append(job)
-        return toy.PLAN
+        return SimpleNamespace(plan=toy.PLAN, predicted={"damage": 0.0123456, "method": "highs"})
 
     def sweep_budgets(job: Any, progress: Any) -> list[dict[str, Any]]:
         return [{"bits": 3.0, "damage": 0.123456}, {"bits": 4.0, "damage": 0.01}]
@@ -108,7 +108,10 @@ def test_plan_writes_and_sweeps(run: Run, compiler: list[Any], model: Path) -> N
     plan = model.parent / "plan.json"
     code, out, _ = run("plan", model, "-o", plan)
     assert code == 0 and "1 int8" in out
+    assert "predicted damage 0.01235, method highs\n" in out
     assert json.loads(plan.read_text()) == toy.PLAN.to_json()
+    told = json.loads(run("plan", model, "--json")[1])
+    assert told["predicted"] == {"damage": 0.0123456, "method": "highs"}
     code, out, _ = run("plan", model, "--sweep")
     assert code == 0 and "0.1235" in out
     assert len(json.loads(run("plan", model, "--sweep", "--json")[1])) == 2

@@ -166,15 +166,15 @@ def test_refusals(decoder: Path, tmp_path: Path) -> None:
 def test_a_plan_by_another_strategy(decoder: Path) -> None:
     asked = replace(job(decoder, "5bit"), strategy="modelopt")
     priced = price_model(asked, Progress())
-    plan = plan_model(asked, Progress())
+    plan = plan_model(asked, Progress()).plan
     limit = compare._limit("5bit", priced, ())
     expected = STRATEGIES["modelopt"](priced.evidence(Progress()), limit)
     assert plan.tiles == expected.tiles
-    assert plan.tiles != plan_model(job(decoder, "5bit"), Progress()).tiles
+    assert plan.tiles != plan_model(job(decoder, "5bit"), Progress()).plan.tiles
     with pytest.raises(UsageError, match="--strategy modelopt takes a size"):
         plan_model(replace(asked, budgets=("kld<=1",)), Progress())
     kept = replace(asked, budgets=("7bit",), rules=(Rule("down", FORMATS["int8"]),))
-    assert set(plan_model(kept, Progress()).tiles["down"].formats) == {FORMATS["int8"]}
+    assert set(plan_model(kept, Progress()).plan.tiles["down"].formats) == {FORMATS["int8"]}
     with pytest.raises(UsageError, match="no strategy 'best'"):
         plan_model(replace(asked, strategy="best"), Progress())
 

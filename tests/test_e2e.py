@@ -36,7 +36,7 @@ from mxcompile import (
 from mxcompile.activations import choose_activations
 from mxcompile.artifact import Artifact
 from mxcompile.cache_choice import CacheChoice
-from mxcompile.compiler import Job, compile_model, price_model
+from mxcompile.compiler import Job, compile_model, plan_model, price_model
 from mxcompile.errors import (
     ArtifactError,
     BudgetError,
@@ -444,6 +444,15 @@ def test_budget_is_met_and_spent(planned: Artifact) -> None:
     formats = inspection.describe_artifact(planned)["formats"]
     total = sum(formats.values())
     assert sum(count > 0.02 * total for count in formats.values()) >= 3
+
+
+@pytest.mark.parametrize("where", ["x86", "raspberry-pi-5"])
+def test_a_rate_is_predicted(planned: Artifact, tinylm: Path, where: str) -> None:
+    """From a survey of this machine's kernels, or from what the target's file says."""
+    asked = Job(tinylm, where, ("4.2bit", "10tok/s"), tinylm, cache=tinylm.parent)
+    found = plan_model(asked, Progress())
+    assert found.plan.tiles == planned.plan().tiles  # the size is what binds
+    assert float(found.predicted["tokens_per_s"]) > 10
 
 
 def test_mixed_plan_beats_uniform_plans_of_its_size(planned: Artifact, tinylm: Path) -> None:

@@ -220,7 +220,8 @@ def test_size_and_rate_together(problem: tuple[Costs, int], share: float, reads:
     except BudgetError:  # a limit at the very edge may be lost to a rounding of its text
         return
     assert found.bytes <= limit
-    assert found.nanoseconds <= read_limit
+    assert found.rate is not None
+    assert found.rate >= budgets.rate.amount * (1 - 1e-9)
     best = both_brute_force(costs, latency, limit, read_limit)
     damage, _ = total(costs, found)
     assert best <= damage + 1e-9
@@ -235,7 +236,8 @@ def test_a_rate_buys_speed_where_it_is_read() -> None:
     layer = 640 * 640 * 3 / 8
     budgets = Budgets(rate=Rate(1e6 / layer))
     found = solve(costs, budgets, parameters=1, latency=latency)
-    assert found.nanoseconds <= layer * 1000
+    assert found.rate is not None
+    assert found.rate >= 1e6 / layer
     assert {str(f) for f in found.plan.tiles["table"].formats} == {"int8"}
     with pytest.raises(BudgetError, match=r"^1000tok/s cannot be met: .* predicted to make .* a t"):
         solve(costs, Budgets(rate=Rate(1000)), parameters=1, latency=latency)
