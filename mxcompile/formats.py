@@ -7,9 +7,10 @@ of 32 stay affordable at a budget of 4.2 bits. For a row ``r``, a column ``k`` o
     w[r, k] = row_scale[r] * scale[r, g] * (code[r, k] - zero[r, g] * 2**(bits - 4))
 
 The zero-point counts in sixteenths of the code range: whole codes at 4 bits, quarters of a code
-at 2 bits (where an integer zero-point would be too coarse), 16 codes at 8 bits. There it is always
-the middle of the range: with 256 codes another gains next to nothing, and codes less a zero-point
-of 128 are signed bytes, which is what instructions multiply.
+at 2 bits (where an integer zero-point would be too coarse), eighths at 1 bit, which makes the two
+values any pair around zero; 16 codes at 8 bits. There it is always the middle of the range: with
+256 codes another gains next to nothing, and codes less a zero-point of 128 are signed bytes, which
+is what instructions multiply.
 
 A non-uniform format stores 3 or 4 bits that look up an 8-bit code in a codebook of 8 or 16 entries,
 which a byte shuffle does in a register; from there on it is an 8-bit format. The codebook is fixed,
@@ -124,6 +125,7 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
     {
         fmt.name: fmt
         for fmt in (
+            Format("int1", 1),
             Format("int2", 2),
             Format("int3", 3),
             Format("table3", 3, _NORMAL3, learned=True),

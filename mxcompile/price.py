@@ -115,9 +115,9 @@ def price(
 ) -> Costs:
     """Quantize every unit in every format and add up the damage of its row tiles.
 
-    Prices come from the grid that ships, searched for the least damage: rounding to nearest on
-    the whole range overstates it below 4 bits several times (notes/quantization.md), and the
-    solver would believe it. The feedback of ``mxcompile.gptq`` is not run but counted, as what it
+    Prices come from the grid that ships, searched for the least damage: rounding to nearest on the
+    whole range overstates it below 4 bits several times, and the solver would believe it. The
+    feedback of ``mxcompile.gptq`` is not run but counted, as what it
     is worth on other text: it lowers all formats alike, and what it was fitted to by twice as much.
 
     Args:

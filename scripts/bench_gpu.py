@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "gemv": [
             gemv(built, device, rows, columns, fmt, bandwidth)
             for rows, columns in SHAPES
-            for fmt in ("int8", "int4", "int3", "int2")
+            for fmt in ("int8", "int4", "int3", "int2", "int1")
         ],
     }
     for name, folder, measure in (

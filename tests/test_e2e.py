@@ -488,9 +488,9 @@ def test_refusals(tinylm: Path, mixed_plan: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no target vax; targets: "):
         compile_model(Job(tinylm, "vax", ("4.2bit",), out), Progress())
     with pytest.raises(
-        BudgetError, match=r"2bit cannot be met: the smallest plan takes 2\.\d+ bits"
+        BudgetError, match=r"1bit cannot be met: the smallest plan takes 1\.\d+ bits"
     ):
-        compile_model(Job(tinylm, "x86", ("2bit",), out, cache=tinylm.parent), Progress())
+        compile_model(Job(tinylm, "x86", ("1bit",), out, cache=tinylm.parent), Progress())
     out.mkdir()
     with pytest.raises(UsageError, match="exists"):
         compile_model(Job(tinylm, "x86", ("4.2bit",), out, plan=mixed_plan), Progress())

@@ -27,7 +27,7 @@ def test_runs_are_counted() -> None:
 
 @pytest.mark.parametrize("text", ["", "int7", "int4*0", "int4*", "int4,,int8", "int4*-1", "4"])
 def test_malformed_tiles_are_refused(text: str) -> None:
-    with pytest.raises(PlanError, match=r"is not FORMAT or FORMAT\*COUNT; formats: int2,"):
+    with pytest.raises(PlanError, match=r"is not FORMAT or FORMAT\*COUNT; formats: int1,"):
         TileFormats.parse(text)
 
 
