@@ -143,9 +143,18 @@ class Observer:
         ).numpy()
         if use.kind == "embedding":
             slopes = self.sums.get(f"slopes {product(use)}", torch.full((columns,), count))
-            return UseStatistics(use.kind, source(use), (slopes / count).numpy(), weights, count)
+            moment, likely = (slopes / count).numpy(), self._likely(rows)
+            return UseStatistics(use.kind, source(use), moment, weights, count, likely)
         moment = moments.get(met(use), np.zeros(columns, np.float32))
         return UseStatistics(use.kind, source(use), moment, weights, count)
+
+    def _likely(self, rows: int) -> Array | None:
+        """How likely the model finds each token, if a table of ``rows`` rows is one of tokens."""
+        if self.watched.head is None:
+            return None
+        key = product(self.watched.head)
+        p = self.sums.get(f"likely {key}")
+        return None if p is None or len(p) != rows else (p / self.sums[f"count {key}"]).numpy()
 
 
 class _Sample:
@@ -344,14 +353,15 @@ class _Sample:
 
     def _add_head(self, head: Use, hidden: Tensor) -> None:
         for part in torch.split(hidden[self._labelled(len(hidden))], LOGIT_ROWS):
-            fisher = self._fisher(head, part)
+            p, fisher = self._fisher(head, part)
+            self._add(f"likely {product(head)}", p.sum(0))
             self._add(f"rows {product(head)}", fisher.sum(0))
             self._add(f"count {product(head)}", torch.tensor(float(len(part))))
             weights = fisher.sum(1) if self.gradients else torch.ones(len(part))
             self._add_moment(met(head), part, weights)
 
-    def _fisher(self, head: Use, hidden: Tensor) -> Tensor:
-        """The Fisher information [positions, vocabulary] of what the head computes."""
+    def _fisher(self, head: Use, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities [positions, vocabulary], and the Fisher information of what gives them."""
         with torch.enable_grad():
             y = self.watched.logits(hidden, product(head)).detach().requires_grad_()
             known = {product(head): y.unsqueeze(0)}
@@ -361,7 +371,7 @@ class _Sample:
                 torch.autograd.grad(logits.sum(), y) if logits.requires_grad else (torch.ones(1),)
             )
         p = logits.detach().softmax(-1)
-        return (p - p.square()) * slope.square()
+        return p, (p - p.square()) * slope.square()
 
     def _add_moment(self, key: str, x: Tensor, weights: Tensor) -> None:
         weighed = x * weights[:, None]

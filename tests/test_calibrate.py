@@ -24,6 +24,7 @@ from mxcompile.samples import token_feeds
 from mxcompile.statistics import (
     AROUND,
     LEAST_AROUND,
+    LIKELY_PRIOR,
     PRIOR,
     SHRINK,
     Statistics,
@@ -393,6 +394,9 @@ def test_vocabulary_rows(
     expected = 0.25 * (p * (1 - p)).mean(0)
     for each in (probed, found):
         np.testing.assert_allclose(each.uses["embedding"][1].rows, expected, rtol=1e-4)
+        likely = each.uses["embedding"][0].likely
+        assert likely is not None
+        np.testing.assert_allclose(likely, p.mean(0), rtol=1e-4)
 
 
 def test_rows_that_were_not_met_are_not_free(found: Statistics) -> None:
@@ -416,6 +420,21 @@ def test_lookups_that_were_counted_tell_how_often_rows_will_be_read() -> None:
         assert found[met].mean() == pytest.approx(frequency[met].mean(), rel=0.1)
     often = np.full(512, 2.0, np.float32)
     np.testing.assert_allclose(expected(often, 1000), often, rtol=1e-6)
+
+
+def test_what_the_model_holds_for_likely_tells_rows_apart_that_were_not_met() -> None:
+    rng = np.random.default_rng(0)
+    rows, count = 1 << 12, 1 << 10
+    likely = rng.gamma(0.1, 1, rows).astype(np.float32)
+    likely /= likely.sum()
+    frequency = rng.gamma(LIKELY_PRIOR, 1 / LIKELY_PRIOR, rows) * likely
+    counted = (rng.poisson(count * frequency) / count).astype(np.float32)
+    blind, seeing = expected(counted, count), expected(counted, count, likely)
+    entropies = [-(frequency * np.log(found / found.sum())).sum() for found in (blind, seeing)]
+    assert entropies[1] < entropies[0] - 0.3
+    unmet = counted == 0
+    assert np.corrcoef(frequency[unmet], seeing[unmet])[0, 1] > 0.5
+    assert seeing.sum() == pytest.approx(1, rel=0.2)
 
 
 def test_an_unmet_row_counts_as_those_around_it_do() -> None:
@@ -657,8 +676,9 @@ def same(a: Statistics, b: Statistics) -> bool:
         found: list[Any] = [s.samples, dict(s.caches)]
         for unit, uses in s.uses.items():
             for use, factor in zip(uses, s.factors[unit], strict=True):
-                values = use.moment.tolist(), use.rows.tolist(), factor
-                found.append((unit, use.kind, use.source, *values))
+                likely = None if use.likely is None else use.likely.tolist()
+                values = use.moment.tolist(), use.rows.tolist(), use.count, likely
+                found.append((unit, use.kind, use.source, *values, factor))
         return found
 
     return flat(a) == flat(b)
