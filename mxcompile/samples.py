@@ -18,9 +18,10 @@ from mxcompile.text import TextModel
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-ROWS: Final = 34
-SEQUENCES: Final = 32
-"""Rows that are taken from all texts, and those of them that calibrate."""
+ROWS: Final = 45
+SEQUENCES: Final = 40
+"""Rows that are taken from all texts, and those of them that calibrate: of five texts all but the
+last row of each."""
 
 LENGTH: Final = 256
 PROBE_SEQUENCES: Final = 2

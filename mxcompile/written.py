@@ -26,7 +26,8 @@ from mxcompile.progress import Progress
 
 SEQUENCES: Final = 16
 LENGTH: Final = 256
-"""Half as many as there are of text. In shorter ones the model hardly knows what it talks of."""
+"""Less than half as many as there are of text: a model writes at the cost of a step a token. In
+shorter ones it hardly knows what it talks of."""
 
 PAST, PRESENT = "past_key_values.", "present."
 

@@ -280,7 +280,7 @@ def main() -> None:
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", default=SHAPES, help="(default: %(default)s)")
-    parser.add_argument("--bits", default="2,3,4,5,6,8", help="(default: %(default)s)")
+    parser.add_argument("--bits", default="1,2,3,4,5,6,8", help="(default: %(default)s)")
     parser.add_argument("--rows", default="1,128", help="of activations (default: %(default)s)")
     parser.add_argument("-t", "--threads", default="1,2", help="(default: %(default)s)")
     parser.add_argument("-r", "--rounds", type=int, default=5)

@@ -8,7 +8,7 @@ import pytest
 
 from mxcompile.default_text import default_texts
 from mxcompile.errors import UnsupportedError, UsageError
-from mxcompile.samples import Samples, text_tokens, token_feeds
+from mxcompile.samples import SEQUENCES, Samples, text_tokens, token_feeds
 from mxcompile.text import TextModel
 
 
@@ -82,7 +82,7 @@ def test_every_kind_of_text_calibrates_and_is_held_back(
     )
     samples = Samples.find(language_model, tmp_path / "model.onnx", None)
     calibrated = [tuple(feed["input_ids"][0].tolist()) for feed in samples.feeds]
-    assert len(calibrated) == 32
+    assert len(calibrated) == SEQUENCES
     assert [text[1] for text in samples.texts] == [ord(kind) % 97 for kind in "abc"]
     assert {len(text) for text in samples.texts} == {128}
     assert not {tuple(text) for text in samples.texts} & {row[:128] for row in calibrated}
