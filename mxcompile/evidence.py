@@ -67,7 +67,8 @@ class Rounded:
         missing = [fmt for fmt in formats if not self._has(unit, fmt)]
         if not missing:
             return
-        quantizer = Quantizer.of(self.statistics.moment(unit.name))
+        moments, kinds = self.statistics.kinds(unit.name)
+        quantizer = Quantizer.of(*moments, kinds=kinds)
         for fmt in missing:
             alike = TileFormats((fmt,) * unit.tiles)
             self._keep(unit, fmt, quantizer.tiles(self.weights(unit.name), alike, name=unit.name))

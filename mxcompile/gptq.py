@@ -18,6 +18,7 @@ from mxcompile import workers
 from mxcompile.formats import GROUP, Format
 from mxcompile.plan import TileFormats
 from mxcompile.quantize import (
+    Importance,
     Quantized,
     codebook_of,
     nearest,
@@ -76,18 +77,17 @@ class Quantizer:
 
     Attributes:
         importance: ``H_kk`` of the columns, for the search; None weighs them alike.
-        feedback: None rounds to nearest: H is not known, or only its diagonal.
+        feedbacks: For each kind of rows; None rounds to nearest: of H only the diagonal is known.
     """
 
-    importance: Array | None = None
-    feedback: Feedback | None = None
+    importance: Importance | None = None
+    feedbacks: tuple[Feedback | None, ...] = ()
 
     @classmethod
-    def of(cls, moment: Array | None) -> Self:
-        """For what the weight meets: H [columns, columns], or its diagonal [columns]."""
-        if moment is None or moment.ndim == 1:
-            return cls(moment)
-        return cls(np.diagonal(moment).copy(), Feedback.of(moment))
+    def of(cls, *moments: Array, kinds: Array | None = None) -> Self:
+        """For what each kind of rows meets: H [columns, columns], or its diagonal [columns]."""
+        feedbacks = tuple(Feedback.of(m) if m.ndim == 2 else None for m in moments)
+        return cls(Importance.of(*moments, kinds=kinds) if moments else None, feedbacks)
 
     def tiles(self, weight: Array, formats: TileFormats, *, name: str = "the weight") -> Quantized:
         """Quantize a weight [rows, columns] whose row tiles have formats of their own.
@@ -96,11 +96,19 @@ class Quantizer:
             UsageError: a weight is NaN, infinite or too large for its format.
         """
         quantized = quantize_tiles(weight, formats, self.importance, name=name)
-        if self.feedback is not None:
+        for kind, feedback in enumerate(self.feedbacks):
+            if feedback is None:
+                continue
             for fmt, rows in rows_by_format(formats, len(weight)):
-                refined = refine(weight[rows], quantized.take(rows), fmt, self.feedback)
-                quantized.codes[rows] = refined.codes
+                ours = rows[self._are(kind, rows)]
+                refined = refine(weight[ours], quantized.take(ours), fmt, feedback)
+                quantized.codes[ours] = refined.codes
         return quantized
+
+    def _are(self, kind: int, rows: Array) -> Array:
+        """Which of some rows are of a kind."""
+        kinds = None if self.importance is None else self.importance.kinds
+        return np.full(len(rows), kind == 0) if kinds is None else kinds[rows] == kind
 
 
 def refine(weight: Array, quantized: Quantized, fmt: Format, feedback: Feedback) -> Quantized:

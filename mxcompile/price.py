@@ -17,12 +17,12 @@ from mxcompile.files import whole
 from mxcompile.formats import FORMATS, Format
 from mxcompile.plan import ROW_TILE, PrecisionPlan, Rule, Unit, tile_bytes
 from mxcompile.progress import Progress
-from mxcompile.quantize import dequantize, learn, quantize
+from mxcompile.quantize import Importance, dequantize, learn, quantize
 from mxcompile.statistics import Statistics
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-VERSION: Final = 4
+VERSION: Final = 5
 """Changes whenever the quantizers give other codes for the same weights and statistics."""
 
 FEEDBACK: Final = 0.85
@@ -139,7 +139,8 @@ def price(
                 met = statistics.moment(unit.name)
             if not np.isfinite(met).all():
                 raise UsageError(f"{unit.name} cannot be priced: calibration met infinite numbers")
-            importance = met if met.ndim == 1 else np.diagonal(met).copy()
+            moments, kinds = statistics.kinds(unit.name)
+            importance = Importance.of(*moments, kinds=kinds)
             codebooks = {f: learn(weight, f, importance, name=unit.name) for f in formats}
             damage[unit.name] = np.zeros((unit.tiles, len(formats)))
             left = FEEDBACK if met.ndim == 2 else 1.0
@@ -147,7 +148,8 @@ def price(
             for start in range(0, unit.rows, step):
                 block = weight[start : start + step]
                 tiles = slice(start // ROW_TILE, (start + step) // ROW_TILE)
-                errors = _block(unit.name, block, start, importance, statistics, codebooks)
+                known = importance.part(slice(start, start + step))
+                errors = _block(unit.name, block, start, known, statistics, codebooks)
                 damage[unit.name][tiles] = left * errors
                 advance(block.size)
     return Costs(tuple(units), tuple(formats), damage)
@@ -157,7 +159,7 @@ def _block(
     unit: str,
     block: Array,
     start: int,
-    importance: Array,
+    importance: Importance,
     statistics: Statistics,
     codebooks: Mapping[Format, Array | None],
 ) -> Array:

@@ -14,7 +14,7 @@ from mxcompile.formats import FORMATS
 from mxcompile.graph import Use
 from mxcompile.interpret import Values
 from mxcompile.progress import Progress
-from mxcompile.quantize import dequantize, quantize
+from mxcompile.quantize import Importance, dequantize, quantize
 from mxcompile.statistics import Array, Factors, Statistics, UseStatistics
 
 BLOCK: Final = 1 << 23
@@ -185,5 +185,6 @@ def _log_likelihood(p: Tensor, logits: Tensor) -> Tensor:
     return likelihood
 
 
-def _perturbed(weight: Array, importance: Array | None) -> Array:
+def _perturbed(weight: Array, met: Array | None) -> Array:
+    importance = None if met is None else Importance.of(met)
     return dequantize(quantize(weight, PERTURBATION, importance), PERTURBATION)

@@ -14,8 +14,8 @@ Left out: error feedback between columns, which needs the whole H; see ``mxcompi
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -94,10 +94,39 @@ LEARN_GROUPS: Final = 4096
 LEARN_ROUNDS: Final = 3
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Importance:
+    """How much errors in the columns of a weight count, which may differ between kinds of rows.
+
+    Attributes:
+        columns: ``E[x_k**2]`` of what each kind meets, float32 [kinds, columns].
+        kinds: The kind of each row, int64 [rows]; None where all are alike.
+    """
+
+    columns: Array
+    kinds: Array | None = None
+
+    @classmethod
+    def of(cls, *moments: Array, kinds: Array | None = None) -> Self:
+        """For what each kind meets: ``E[x x^T]`` [columns, columns], or its diagonal [columns]."""
+        diagonals = [m if m.ndim == 1 else np.diagonal(m) for m in moments]
+        return cls(np.array(diagonals, np.float32), kinds)
+
+    def rows(self, index: Array) -> Array:
+        """Of some rows, [rows, columns]."""
+        alike = np.zeros(len(index), np.int64)
+        found: Array = self.columns[alike if self.kinds is None else self.kinds[index]]
+        return found
+
+    def part(self, rows: slice) -> Self:
+        """The same for a part of the rows alone."""
+        return replace(self, kinds=None if self.kinds is None else self.kinds[rows])
+
+
 def quantize(
     weight: Array,
     fmt: Format,
-    importance: Array | None = None,
+    importance: Importance | None = None,
     *,
     search: bool = True,
     codebook: Array | None = None,
@@ -108,7 +137,7 @@ def quantize(
     Args:
         weight: Float numbers; they are read as float32.
         fmt: The format of all rows.
-        importance: ``E[x_k**2]`` of the columns; None weighs them alike.
+        importance: Of the columns; None weighs them alike.
         search: Whether to look for a better grid than the one that holds the whole range.
         codebook: For a learned format, what ``learn`` gave; None learns it from these rows.
         name: What an error calls the weight.
@@ -128,7 +157,7 @@ def quantize(
 def quantize_tiles(
     weight: Array,
     formats: TileFormats,
-    importance: Array | None = None,
+    importance: Importance | None = None,
     *,
     name: str = "the weight",
 ) -> Quantized:
@@ -146,14 +175,14 @@ def quantize_tiles(
 
 
 def learn(
-    weight: Array, fmt: Format, importance: Array | None = None, *, name: str = "the weight"
+    weight: Array, fmt: Format, importance: Importance | None = None, *, name: str = "the weight"
 ) -> Array | None:
     """The codebook of a weight in a format, uint8 [levels], rising; None for uniform formats.
 
     Args:
         weight: Float numbers [rows, columns].
         fmt: The format; where its codebook is fixed, that is the answer.
-        importance: ``E[x_k**2]`` of the columns; None weighs them alike.
+        importance: Of the columns; None weighs them alike.
         name: What an error calls the weight.
 
     Raises:
@@ -232,7 +261,7 @@ class _Source:
     """A weight, and how its rows are to be quantized."""
 
     weight: Array
-    importance: Array | None
+    importance: Importance | None
     fmt: Format
     codebook: Array | None
     search: _Search
@@ -246,8 +275,8 @@ class _Source:
             raise UsageError(
                 f"{self.name} is {block[row, column]} at row {rows[row]}, column {column}"
             )
-        importance = np.ones(block.shape[1]) if self.importance is None else self.importance
-        h = _transposed(importance[None]).repeat(1, len(block))
+        importance = np.ones_like(block) if self.importance is None else self.importance.rows(rows)
+        h = _transposed(importance)
         grid = _Grid(_transposed(block), h, self.fmt, len(block), self.name, self.codebook)
         grid.search(self.search)
         return grid

@@ -15,7 +15,7 @@ says itself which tokens it holds for likely: it read more text than calibration
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
@@ -57,9 +57,13 @@ AROUND: Final = 64
 LEAST_AROUND: Final = 256
 """What part of the rows these are, and the least of them that make a mean."""
 
+KINDS: Final = 4
+"""Into how many kinds the rows of a weight with several uses are sorted, by what they meet most."""
+
 ALIKE: Final = 1.1
 """Rows whose damages differ by less than this factor do not need tiles apart."""
 
+_TINY: Final = 1e-30
 _BLOCK: Final = 1 << 14
 """Rows that are squared at a time."""
 
@@ -111,6 +115,16 @@ class UseStatistics:
     def diagonal(self) -> Array:
         """``M_kk`` of the columns."""
         return self.moment if self.moment.ndim == 1 else np.diagonal(self.moment)
+
+
+def _weighed(parts: Iterable[tuple[Array, float]]) -> Array:
+    """The weighed sum of moments; a diagonal beside a whole one is the diagonal of one."""
+    parts = list(parts)
+    whole = any(moment.ndim == 2 for moment, _ in parts)
+    terms = [
+        (np.diag(m) if whole and m.ndim == 1 else m) * np.float32(weight) for m, weight in parts
+    ]
+    return np.asarray(sum(terms), np.float32)
 
 
 def shrunk(rows: Array) -> Array:
@@ -222,12 +236,33 @@ class Statistics:
     def moment(self, unit: str) -> Array:
         """What all uses of a unit meet, for the quantizers: [columns, columns] or [columns]."""
         parts = zip(self.uses[unit], self.factors[unit], strict=True)
-        weighed = [
-            (use.moment, np.float32(f * use.rows.mean(dtype=np.float64))) for use, f in parts
+        return _weighed((use.moment, f * use.rows.mean(dtype=np.float64)) for use, f in parts)
+
+    def kinds(self, unit: str) -> tuple[tuple[Array, ...], Array | None]:
+        """What the rows of a unit meet, for the quantizers, by kinds of rows where these differ.
+
+        A tied vocabulary is looked up and multiplied: a frequent word's row counts as the logit
+        that it computes, a rare one's as what the model reads when it does come.
+
+        Returns:
+            The moment of each kind, as ``moment`` has it of all rows; the kind of each row, int64
+            [rows], or None where there is one kind.
+        """
+        if len(self.uses[unit]) == 1:
+            return (self.moment(unit),), None
+        parts = list(zip(self.uses[unit], self.factors[unit], strict=True))
+        shares = np.array([f * use.weights * use.diagonal.sum() for use, f in parts], np.float64)
+        shares /= np.maximum(shares.sum(0), np.finfo(np.float64).tiny)
+        kinds = np.minimum((shares[0] * KINDS).astype(np.int64), KINDS - 1)
+        found, kinds = np.unique(kinds, return_inverse=True)
+        moments = [
+            _weighed(
+                (use.moment, share[kinds == kind].mean() / max(float(use.diagonal.sum()), _TINY))
+                for (use, _), share in zip(parts, shares, strict=True)
+            )
+            for kind in range(len(found))
         ]
-        whole = any(moment.ndim == 2 for moment, _ in weighed)
-        terms = [(np.diag(m) if whole and m.ndim == 1 else m) * weight for m, weight in weighed]
-        return np.asarray(sum(terms), np.float32)
+        return tuple(moments), kinds
 
 
 def save(statistics: Statistics, path: Path) -> None:

@@ -29,8 +29,9 @@ class QuantizeWeights(Pass):
         for value, scheme in weights:
             unit = graph.name(value)
             formats = TileFormats.parse(scheme.partition("/")[0])
-            met = None if ctx.statistics is None else ctx.statistics.moment(unit)
-            quantized = Quantizer.of(met).tiles(graph.weight(model, unit), formats, name=unit)
+            moments, kinds = ((), None) if ctx.statistics is None else ctx.statistics.kinds(unit)
+            quantizer = Quantizer.of(*moments, kinds=kinds)
+            quantized = quantizer.tiles(graph.weight(model, unit), formats, name=unit)
             result = qdq.insert(model, value, qdq.QuantizedWeight(unit, formats, quantized))
             value.replace_all_uses_with(result)
             del model.graph.initializers[unit]

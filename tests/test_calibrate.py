@@ -19,7 +19,7 @@ from mxcompile.interpret import Interpreter
 from mxcompile.observe import Observer
 from mxcompile.probe import PERTURBATION
 from mxcompile.progress import Progress
-from mxcompile.quantize import dequantize, quantize
+from mxcompile.quantize import Importance, dequantize, quantize
 from mxcompile.samples import token_feeds
 from mxcompile.statistics import (
     AROUND,
@@ -474,7 +474,7 @@ def test_a_probe_finds_the_harm_it_measured(
     rough = dict(weights)
     damage = 0.0
     for unit in ("gate", "up"):
-        importance = probed.uses[unit][0].diagonal
+        importance = Importance.of(probed.uses[unit][0].diagonal)
         fmt = PERTURBATION
         values = dequantize(quantize(weights[unit].numpy(), fmt, importance), fmt)
         rough[unit] = torch.from_numpy(values)
@@ -499,9 +499,8 @@ def test_the_sum_of_damages_predicts_the_divergence(
     fmt = FORMATS["int4"]
     rough, damage = dict(weights), 0.0
     for unit in statistics.uses:
-        values = dequantize(
-            quantize(weights[unit].numpy(), fmt, statistics.uses[unit][-1].diagonal), fmt
-        )
+        importance = Importance.of(statistics.uses[unit][-1].diagonal)
+        values = dequantize(quantize(weights[unit].numpy(), fmt, importance), fmt)
         rough[unit] = torch.from_numpy(values)
         damage += float(statistics.damage(unit, rough[unit] - weights[unit]).sum())
     measured = divergence(exact, by_hand(rough, tokens)["logits"])
@@ -527,6 +526,26 @@ def test_the_moments_of_all_uses_add_up(found: Statistics) -> None:
     expected = np.diag(factors[0] * lookup.rows.mean() * lookup.moment)
     expected = expected + factors[1] * head.rows.mean() * head.moment
     np.testing.assert_allclose(found.moment("embedding"), expected, rtol=1e-5)
+
+
+def test_rows_are_rounded_for_what_they_meet_most(found: Statistics) -> None:
+    """A row that is looked up more than it is multiplied is rounded for that."""
+    (lookup, head), factors = found.uses["embedding"], found.factors["embedding"]
+    moments, kinds = found.kinds("embedding")
+    assert kinds is not None and set(kinds) == set(range(len(moments)))
+    masses = [
+        f * use.weights * use.diagonal.sum() for use, f in zip((lookup, head), factors, strict=True)
+    ]
+    share = masses[0] / sum(masses)
+    assert share[kinds == len(moments) - 1].min() > share[kinds == 0].max()
+    for kind, moment in enumerate(moments):
+        mean = share[kinds == kind].mean()
+        expected = mean * np.diag(lookup.moment / lookup.moment.sum())
+        expected = expected + (1 - mean) * head.moment / np.trace(head.moment)
+        np.testing.assert_allclose(moment, expected, rtol=1e-4, atol=1e-7)
+    (alone,), nothing = found.kinds("gate")
+    np.testing.assert_array_equal(alone, found.moment("gate"))
+    assert nothing is None
 
 
 def test_wide_inputs_keep_the_diagonal() -> None:
@@ -555,7 +574,7 @@ def test_convolutions_and_relative_errors() -> None:
 
     fmt = PERTURBATION
     flat = second.reshape(16, -1)
-    rough = dequantize(quantize(flat, fmt, found.uses["second"][0].diagonal), fmt)
+    rough = dequantize(quantize(flat, fmt, Importance.of(found.uses["second"][0].diagonal)), fmt)
     inner = torch.relu(functional.conv2d(feeds[0]["x"], torch.from_numpy(first), padding=1))
     exact, other = (
         functional.conv2d(inner, torch.from_numpy(w).reshape(second.shape), stride=3)
@@ -576,7 +595,7 @@ def test_without_logits_gradients_tell_rows_and_probes_tell_layers() -> None:
     (use,), (same,) = found.uses["first"], alone.uses["first"]
     np.testing.assert_array_equal(use.rows, same.rows)
     assert np.ptp(use.rows) > 0 and found.factors != alone.factors
-    rough = dequantize(quantize(flat, PERTURBATION, use.diagonal), PERTURBATION)
+    rough = dequantize(quantize(flat, PERTURBATION, Importance.of(use.diagonal)), PERTURBATION)
 
     def run(weight: np.ndarray) -> torch.Tensor:
         kernel = torch.from_numpy(weight).reshape(first.shape)

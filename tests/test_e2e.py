@@ -101,7 +101,7 @@ def compile_tiny(
     kernel sees. Unless it is said otherwise, caches are float where activations are.
     """
     done: dict[tuple[str, str, str, bool], tuple[Artifact, Path]] = {}
-    plain = Quantizer.of(None)
+    plain = Quantizer()
 
     def build(
         activations: str, where: str = "x86", caches: str = "", *, quick: bool = False
@@ -125,7 +125,7 @@ def compile_tiny(
             )
             with pytest.MonkeyPatch.context() as patch:
                 if quick:
-                    patch.setattr(Quantizer, "of", lambda _: plain)
+                    patch.setattr(Quantizer, "of", lambda *_, **__: plain)
                 done[key] = compile_model(job, Progress()), emitted
         return done[key]
 

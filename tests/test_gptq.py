@@ -7,7 +7,14 @@ from mxcompile import gptq
 from mxcompile.formats import FORMATS, GROUP, Format
 from mxcompile.gptq import Feedback, Quantizer, refine
 from mxcompile.plan import ROW_TILE, TileFormats
-from mxcompile.quantize import Quantized, codebook_of, dequantize, dequantize_tiles, quantize
+from mxcompile.quantize import (
+    Importance,
+    Quantized,
+    codebook_of,
+    dequantize,
+    dequantize_tiles,
+    quantize,
+)
 
 COLUMNS = 3 * GROUP
 
@@ -57,7 +64,7 @@ def nearest(exact: np.ndarray, grid: Quantized, fmt: Format) -> np.ndarray:
 def test_against_the_definition(name: str) -> None:
     """Column after column, each later one moved by the inverse of what is left of H."""
     fmt, weight, moment = FORMATS[name], weights(0, rows=5), correlated(1)
-    grid = quantize(weight, fmt, np.diagonal(moment))
+    grid = quantize(weight, fmt, Importance.of(moment))
     H, left = trusted(moment), weight.astype(np.float64)
     step = np.repeat(grid.scales * grid.row_scale.astype(np.float64)[:, None], GROUP, axis=1)
     zero = np.repeat(grid.zeros * fmt.zero_step, GROUP, axis=1)
@@ -80,7 +87,7 @@ def test_against_the_definition(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_feedback_lowers_the_harm(name: str) -> None:
     fmt, weight, moment = FORMATS[name], weights(2), correlated(3)
-    plain = quantize(weight, fmt, np.diagonal(moment))
+    plain = quantize(weight, fmt, Importance.of(moment))
     better = rows(Quantizer.of(moment), weight, fmt)
     H = trusted(moment)
     assert harm(dequantize(better, fmt) - weight, H) < harm(dequantize(plain, fmt) - weight, H)
@@ -91,9 +98,9 @@ def test_feedback_lowers_the_harm(name: str) -> None:
 def test_independent_inputs_leave_nothing_to_hand_on() -> None:
     fmt, weight = FORMATS["int3"], weights(4)
     moment = np.diag(np.arange(1, COLUMNS + 1)).astype(np.float32)
-    plain = quantize(weight, fmt, np.diagonal(moment))
+    plain = quantize(weight, fmt, Importance.of(moment))
     np.testing.assert_array_equal(rows(Quantizer.of(moment), weight, fmt).codes, plain.codes)
-    assert Quantizer.of(np.diagonal(moment).copy()).feedback is None
+    assert Quantizer.of(np.diagonal(moment)).feedbacks == (None,)
 
 
 def test_rows_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +122,19 @@ def test_tiles_of_several_formats_and_a_padded_group() -> None:
         part = slice(16 * tile, 16 * tile + 16)
         alone = dequantize(rows(quantizer, weight[part], fmt), fmt)
         np.testing.assert_array_equal(mixed[part], alone)
+
+
+def test_rows_that_meet_different_things_are_rounded_for_them() -> None:
+    weight, moments = weights(11), (correlated(12), correlated(13), np.diagonal(correlated(14)))
+    kinds = np.arange(len(weight)) % 3
+    formats = TileFormats.parse("int4,int2,table3")
+    mixed = dequantize_tiles(Quantizer.of(*moments, kinds=kinds).tiles(weight, formats), formats)
+    for kind, moment in enumerate(moments):
+        alone = dequantize_tiles(Quantizer.of(moment).tiles(weight, formats), formats)
+        uniform = np.flatnonzero((kinds == kind) & (np.arange(len(weight)) < 32))
+        np.testing.assert_array_equal(mixed[uniform], alone[uniform])  # codebooks are of all rows
+        other = np.flatnonzero((kinds != kind) & (np.arange(len(weight)) < 32))
+        assert (mixed[other] != alone[other]).any()
 
 
 def test_inputs_that_never_vary_are_no_trouble() -> None:

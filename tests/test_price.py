@@ -8,7 +8,7 @@ from mxcompile.errors import UsageError
 from mxcompile.formats import FORMATS
 from mxcompile.plan import ROW_TILE, Unit, tile_bytes
 from mxcompile.price import FEEDBACK, price
-from mxcompile.quantize import dequantize, quantize
+from mxcompile.quantize import Importance, dequantize, quantize
 from mxcompile.statistics import Statistics, UseStatistics, expected, shrunk
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -44,7 +44,9 @@ def statistics() -> Statistics:
 def by_definition(weight: np.ndarray, statistics: Statistics, tile: int, choice: int) -> float:
     fmt = ALL[choice]
     rows = slice(tile * ROW_TILE, (tile + 1) * ROW_TILE)
-    quantized = quantize(weight, fmt, np.diagonal(statistics.moment("w")))
+    moments, kinds = statistics.kinds("w")
+    assert len(moments) > 1 and kinds is not None
+    quantized = quantize(weight, fmt, Importance.of(*moments, kinds=kinds))
     delta = (dequantize(quantized, fmt) - weight).astype(np.float64)[rows]
     lookup, product = statistics.uses["w"]
     one = expected(lookup.rows, 300)[rows] * (delta**2 @ lookup.moment)

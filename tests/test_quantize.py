@@ -10,6 +10,7 @@ from mxcompile.errors import UsageError
 from mxcompile.formats import FORMATS, GROUP, Format, groups
 from mxcompile.plan import TileFormats
 from mxcompile.quantize import (
+    Importance,
     Quantized,
     codebook_of,
     dequantize,
@@ -173,7 +174,7 @@ def test_rounding_is_to_the_nearest_code(weight: np.ndarray, fmt: Format, search
 @given(weights, st.sampled_from(UNIFORM), st.integers(0, 3))
 def test_the_search_never_loses(weight: np.ndarray, fmt: Format, seed: int) -> None:
     h = np.exp(2 * np.random.default_rng(seed).standard_normal(weight.shape[1], np.float32))
-    found = weighted_error(weight, dequantize(quantize(weight, fmt, h), fmt), h)
+    found = weighted_error(weight, dequantize(quantize(weight, fmt, Importance.of(h)), fmt), h)
     plain = weighted_error(weight, dequantize(quantize(weight, fmt, search=False), fmt), h)
     size = np.pad(h * weight.astype(np.float64) ** 2, ((0, 0), (0, -weight.shape[1] % GROUP)))
     assert (found <= plain + 1e-6 * (plain + size.reshape(len(weight), -1, GROUP).sum(2))).all()
@@ -284,14 +285,17 @@ def test_importance_moves_the_error_to_columns_that_matter_less() -> None:
     weight = gaussian(64, 64)
     h = np.where(np.arange(64) % 8 == 0, 100.0, 0.1).astype(np.float32)
     fmt = FORMATS["int3"]
-    squares = [np.square(dequantize(quantize(weight, fmt, i), fmt) - weight) for i in (None, h)]
+    squares = [
+        np.square(dequantize(quantize(weight, fmt, i), fmt) - weight)
+        for i in (None, Importance.of(h))
+    ]
     assert squares[1][:, ::8].mean() < 0.7 * squares[0][:, ::8].mean()
 
 
 def test_columns_without_importance_are_harmless() -> None:
     weight = gaussian(4, 64)
     values = dequantize(
-        quantize(weight, FORMATS["int4"], np.zeros(64, np.float32)), FORMATS["int4"]
+        quantize(weight, FORMATS["int4"], Importance.of(np.zeros(64, np.float32))), FORMATS["int4"]
     )
     assert np.abs(values - weight).max() <= np.ptp(weight) / 15
 

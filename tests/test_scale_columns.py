@@ -12,7 +12,7 @@ from mxcompile.interpret import Interpreter
 from mxcompile.passes import scale_columns
 from mxcompile.passes.scale_columns import POWER, Scaling
 from mxcompile.pipeline import Context, Pipeline
-from mxcompile.quantize import dequantize, quantize
+from mxcompile.quantize import Importance, dequantize, quantize
 from mxcompile.statistics import Statistics, UseStatistics
 from tests.blocks import INNER, SIZES, WIDTH, build
 
@@ -100,7 +100,7 @@ def test_rounding_does_less_damage(model: ir.Model, statistics: Statistics) -> N
 
     def damage(model: ir.Model, statistics: Statistics) -> float:
         weight, fmt = graph.weight(model, "gate"), FORMATS["int4"]
-        importance = np.diagonal(statistics.moment("gate")).copy()
+        importance = Importance.of(statistics.moment("gate"))
         delta = dequantize(quantize(weight, fmt, importance), fmt) - weight
         return float(statistics.damage("gate", torch.from_numpy(delta)).sum())
 

@@ -220,7 +220,8 @@ def test_rows_of_any_plan_are_rows_of_whole_roundings(
     unit = next(u for u in evidence.costs.units if u.name == "embedding")
     formats = TileFormats(tuple(ALL[i % len(ALL)] for i in range(unit.tiles)))
     weight = graph.weight(evidence.model, unit.name)
-    quantizer = Quantizer.of(evidence.statistics.moment(unit.name))
+    moments, kinds = evidence.statistics.kinds(unit.name)
+    quantizer = Quantizer.of(*moments, kinds=kinds)
     expected = dequantize_tiles(quantizer.tiles(weight, formats), formats)
     weights = {unit.name: weight}.__getitem__
     for folder in (None, tmp_path / "codes"):
