@@ -101,8 +101,9 @@ class Quantizer:
                 continue
             for fmt, rows in rows_by_format(formats, len(weight)):
                 ours = rows[self._are(kind, rows)]
-                refined = refine(weight[ours], quantized.take(ours), fmt, feedback)
-                quantized.codes[ours] = refined.codes
+                if ours.size:
+                    refined = refine(weight[ours], quantized.take(ours), fmt, feedback)
+                    quantized.codes[ours] = refined.codes
         return quantized
 
     def _are(self, kind: int, rows: Array) -> Array:

@@ -117,8 +117,8 @@ def price(
 
     Prices come from the grid that ships, searched for the least damage: rounding to nearest on the
     whole range overstates it below 4 bits several times, and the solver would believe it. The
-    feedback of ``mxcompile.gptq`` is not run but counted, as what it
-    is worth on other text: it lowers all formats alike, and what it was fitted to by twice as much.
+    feedback of ``mxcompile.gptq`` is not run but counted, as what it is worth on other text: it
+    lowers all formats alike, and what it was fitted to by twice as much.
 
     Args:
         weights: A unit's float32 weights [rows, columns] by name.
