@@ -72,7 +72,7 @@ def _span(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(np.linspace(first, last, count).tolist())
 
 
-# Within 1 % of the best of all scales and zero-points on Gaussian weights at 2 to 4 bits, 4 % at
+# Within 1 % of the best of all scales and zero-points on Gaussian weights at 1 to 4 bits, 4 % at
 # 5 and 6. Few levels leave much to win by clipping and by zero-points between codes; many do not.
 _SEARCHES: Final = {
     "int1": _Search(_span(0.3, 0.55, 4), (0,), (0.06, 0.03)),

@@ -146,6 +146,21 @@ def test_mixed_convolution(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, wanted, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_format_is_what_its_qdq_nodes_say(fmt: str, tmp_path: Path) -> None:
+    """Lowered and packed, against standard ONNX nodes in onnxruntime."""
+    text = f"""{HEADER} g (float[N,72] x) => (float[N,40] y) <float[72,40] w = {{0}}>
+    {{ y = MatMul(x, w) }}"""
+    model = Pipeline.parse(passes.FRONT, passes.REGISTRY).run(parse(text), Context(WHERE))
+    feeds = {"x": normal(3, 72)}
+    (found,) = compiled(model, feeds, tmp_path, fmt)
+    ctx = Context(WHERE, PrecisionPlan.uniform(graph.units(model), FORMATS[fmt]))
+    quantized = Pipeline.parse("annotate,quantize-weights", passes.REGISTRY).run(model, ctx)
+    (wanted,) = expected(quantized, feeds)
+    assert np.abs(wanted).max() > 0.1
+    np.testing.assert_allclose(found, wanted, atol=72 * 2**-24 * 3 * np.abs(wanted).max(), rtol=0)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
