@@ -50,6 +50,15 @@ def choose_activations(
     return chosen
 
 
+def rounding_damage(chosen: Mapping[str, ActivationFormat], statistics: Statistics) -> float:
+    """What rounding activations is predicted to add to the divergence, in nats a token."""
+    int8 = ACTIVATION_FORMATS["int8"].top
+    return sum(
+        statistics.rounding.get(source, 0.0) * (int8 / fmt.top) ** 2
+        for source, fmt in chosen.items()
+    )
+
+
 def _multiplications(model: ir.Model) -> Mapping[str, int]:
     """By value that linear layers read, the multiplications with it for a token of a prompt.
 

@@ -35,7 +35,12 @@ from mxcompile import (
     verify,
     written,
 )
-from mxcompile.activations import AUTO, ActivationChoice, choose_activations
+from mxcompile.activations import (
+    AUTO,
+    ActivationChoice,
+    choose_activations,
+    rounding_damage,
+)
 from mxcompile.artifact import Artifact
 from mxcompile.budget import Budgets
 from mxcompile.cache_choice import CacheChoice, choose_caches
@@ -549,6 +554,8 @@ def _choose(job: Job, where: target.Target, priced: Priced, progress: Progress) 
         activations=activations,
         caches=choose_caches(model, priced.statistics, job.caches or cache_choice.DEFAULT),
     )
+    if activations:
+        predicted["activation_damage"] = rounding_damage(activations, priced.statistics)
     if plan.caches:
         predicted["cache_damage"] = cache_choice.damage(plan.caches, priced.statistics)
     return Planned(model, priced.samples, plan, priced.statistics, predicted, costs)

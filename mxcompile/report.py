@@ -26,6 +26,7 @@ _LAYER = re.compile(r"(?P<before>.*?)\.(?P<layer>\d+)\.(?P<component>.*)")
 
 _PREDICTED: Final = {
     "damage": "divergence from the float model, nats a token (relative squared error, if no text)",
+    "activation_damage": "what the formats of activations add to it",
     "cache_damage": "what the formats of the KV cache add to it",
     "gap": "the most of it that a better plan could save",
     "method": "found by",

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from mxcompile import activations
-from mxcompile.activations import choose_activations
+from mxcompile.activations import choose_activations, rounding_damage
 from mxcompile.statistics import Statistics
 
 MODEL = """<ir_version: 10, opset_import: ["" : 23, "mxcompile" : 1]>
@@ -51,3 +51,11 @@ def test_the_share_goes_to_the_most_harm_a_multiplication(model: ir.Model) -> No
     # that of 40,960, however much it harms; the head is free.
     harm = {"x": 1.0, "p": 2.0, "q": 1e6, "r": 1e-9}
     assert names(model, harm, "auto") == "x=int8 p=int16 q=int8 r=int16"
+
+
+def test_what_rounding_adds_is_predicted(model: ir.Model) -> None:
+    """256 times finer steps leave the square of that less; floats leave nothing."""
+    known = Statistics(1, {}, {}, {"x": 0.5, "p": 0.25, "other": 9.0})
+    choices: list[activations.ActivationChoice] = ["int8", "int16", "fp32"]
+    found = [rounding_damage(choose_activations(model, known, c), known) for c in choices]
+    assert found == pytest.approx([0.75, 0.75 / 256**2, 0])
