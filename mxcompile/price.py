@@ -22,8 +22,8 @@ from mxcompile.statistics import Statistics
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-VERSION: Final = 5
-"""Changes whenever the quantizers give other codes for the same weights and statistics."""
+VERSION: Final = 6
+"""Changes whenever the same weights and statistics give other codes or damages."""
 
 FEEDBACK: Final = 0.85
 """What error feedback (``mxcompile.gptq``) leaves of the damage on text of other sources than the

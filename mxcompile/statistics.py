@@ -37,17 +37,15 @@ Factors: TypeAlias = Mapping[str, tuple[float, ...]]
 SHRINK: Final = 0.02
 """The share of a row's weight that it gets from the mean of the rows around it."""
 
-PRIOR: Final = 0.3
+PRIOR: Final = 3.0
 """How alike the frequencies of neighbouring rows are: the shape of the gamma distribution that they
-are taken to be drawn from. A row that was never met has 1 / (1 + n / 0.3) of the mean of that, n
+are taken to be drawn from. A row that was never met has 1 / (1 + n / 3) of the mean of that, n
 being how often rows around it were met."""
 
 LIKELY: Final = 0.8
-LIKELY_PRIOR: Final = 3.0
-"""What the model's own probabilities have of a say in that mean beside the neighbours, and the
-shape of the distribution around such a mean, which is closer. They were chosen for how well they
-tell the tokens of texts that were not read (Debian's jargon file and fortunes, a Danish manual:
-0.13 to 0.24 nats a token better than neighbours alone)."""
+"""What the model's own probabilities have of a say in that mean beside the neighbours. It and the
+prior were chosen for how well they tell the tokens of texts that were not read (Debian's jargon
+file and fortunes, a Danish manual: 0.13 to 0.24 nats a token better than neighbours alone)."""
 
 FAR: Final = 0.1
 """What all rows have of a say in that mean, beside the rows around: tokens that few texts hold are
@@ -141,12 +139,11 @@ def expected(rows: Array, count: float, likely: Array | None = None) -> Array:
     expectation when the counts are known. It is to these what Good's estimate is to species that
     were not seen.
     """
-    mean, prior = _around(rows), PRIOR
+    mean = _around(rows)
     if likely is not None:
         mean = (1 - LIKELY) * mean + LIKELY * likely / likely.sum(dtype=np.float64)
-        prior = LIKELY_PRIOR
     mean = (1 - FAR) * mean + FAR * rows.mean(dtype=np.float64)
-    weights = (count * rows + prior) * mean / (count * mean + prior)
+    weights = (count * rows + PRIOR) * mean / (count * mean + PRIOR)
     return np.asarray(weights, np.float32)
 
 

@@ -24,7 +24,6 @@ from mxcompile.samples import token_feeds
 from mxcompile.statistics import (
     AROUND,
     LEAST_AROUND,
-    LIKELY_PRIOR,
     PRIOR,
     SHRINK,
     Statistics,
@@ -427,7 +426,7 @@ def test_what_the_model_holds_for_likely_tells_rows_apart_that_were_not_met() ->
     rows, count = 1 << 12, 1 << 10
     likely = rng.gamma(0.1, 1, rows).astype(np.float32)
     likely /= likely.sum()
-    frequency = rng.gamma(LIKELY_PRIOR, 1 / LIKELY_PRIOR, rows) * likely
+    frequency = rng.gamma(PRIOR, 1 / PRIOR, rows) * likely
     counted = (rng.poisson(count * frequency) / count).astype(np.float32)
     blind, seeing = expected(counted, count), expected(counted, count, likely)
     entropies = [-(frequency * np.log(found / found.sum())).sum() for found in (blind, seeing)]
