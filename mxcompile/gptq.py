@@ -96,20 +96,16 @@ class Quantizer:
             UsageError: a weight is NaN, infinite or too large for its format.
         """
         quantized = quantize_tiles(weight, formats, self.importance, name=name)
-        for kind, feedback in enumerate(self.feedbacks):
-            if feedback is None:
-                continue
-            for fmt, rows in rows_by_format(formats, len(weight)):
-                ours = rows[self._are(kind, rows)]
-                if ours.size:
+        if self.importance is None:
+            return quantized
+        for fmt, rows in rows_by_format(formats, len(weight)):
+            kinds = self.importance.kinds_of(rows)
+            for kind, feedback in enumerate(self.feedbacks):
+                ours = rows[kinds == kind]
+                if feedback is not None and ours.size:
                     refined = refine(weight[ours], quantized.take(ours), fmt, feedback)
                     quantized.codes[ours] = refined.codes
         return quantized
-
-    def _are(self, kind: int, rows: Array) -> Array:
-        """Which of some rows are of a kind."""
-        kinds = None if self.importance is None else self.importance.kinds
-        return np.full(len(rows), kind == 0) if kinds is None else kinds[rows] == kind
 
 
 def refine(weight: Array, quantized: Quantized, fmt: Format, feedback: Feedback) -> Quantized:

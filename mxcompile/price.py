@@ -136,14 +136,13 @@ def price(
         for unit in units:
             weight = weights(unit.name)
             with np.errstate(invalid="ignore"):
-                met = statistics.moment(unit.name)
-            if not np.isfinite(met).all():
+                moments, kinds = statistics.kinds(unit.name)
+            if not all(np.isfinite(moment).all() for moment in moments):
                 raise UsageError(f"{unit.name} cannot be priced: calibration met infinite numbers")
-            moments, kinds = statistics.kinds(unit.name)
             importance = Importance.of(*moments, kinds=kinds)
             codebooks = {f: learn(weight, f, importance, name=unit.name) for f in formats}
             damage[unit.name] = np.zeros((unit.tiles, len(formats)))
-            left = FEEDBACK if met.ndim == 2 else 1.0
+            left = FEEDBACK if moments[0].ndim == 2 else 1.0
             step = max(BLOCK // (unit.columns * ROW_TILE), 1) * ROW_TILE
             for start in range(0, unit.rows, step):
                 block = weight[start : start + step]

@@ -185,6 +185,5 @@ def _log_likelihood(p: Tensor, logits: Tensor) -> Tensor:
     return likelihood
 
 
-def _perturbed(weight: Array, met: Array | None) -> Array:
-    importance = None if met is None else Importance.of(met)
-    return dequantize(quantize(weight, PERTURBATION, importance), PERTURBATION)
+def _perturbed(weight: Array, met: Array) -> Array:
+    return dequantize(quantize(weight, PERTURBATION, Importance.of(met)), PERTURBATION)

@@ -112,10 +112,14 @@ class Importance:
         diagonals = [m if m.ndim == 1 else np.diagonal(m) for m in moments]
         return cls(np.array(diagonals, np.float32), kinds)
 
+    def kinds_of(self, rows: Array) -> Array:
+        """The kinds of some rows, by index."""
+        alike: Array = np.zeros(len(rows), np.int64)
+        return alike if self.kinds is None else self.kinds[rows]
+
     def rows(self, index: Array) -> Array:
         """Of some rows, [rows, columns]."""
-        alike = np.zeros(len(index), np.int64)
-        found: Array = self.columns[alike if self.kinds is None else self.kinds[index]]
+        found: Array = self.columns[self.kinds_of(index)]
         return found
 
     def part(self, rows: slice) -> Self:

@@ -40,12 +40,13 @@ SHRINK: Final = 0.02
 PRIOR: Final = 3.0
 """How alike the frequencies of neighbouring rows are: the shape of the gamma distribution that they
 are taken to be drawn from. A row that was never met has 1 / (1 + n / 3) of the mean of that, n
-being how often rows around it were met."""
+being how often rows around it were met. Where neighbours alone make the mean 0.3 would tell tokens
+better, but leaves rows that were not met too little: MiniLM at 3 bits errs 7 % more with it."""
 
 LIKELY: Final = 0.8
-"""What the model's own probabilities have of a say in that mean beside the neighbours. It and the
-prior were chosen for how well they tell the tokens of texts that were not read (Debian's jargon
-file and fortunes, a Danish manual: 0.13 to 0.24 nats a token better than neighbours alone)."""
+"""What the model's own probabilities have of a say in that mean beside the neighbours. With it the
+prior tells the tokens of texts that were not read (Debian's jargon file and fortunes, a Danish
+manual) by 0.13 to 0.23 nats a token better than neighbours alone with a prior of 0.3."""
 
 FAR: Final = 0.1
 """What all rows have of a say in that mean, beside the rows around: tokens that few texts hold are
@@ -62,6 +63,8 @@ ALIKE: Final = 1.1
 """Rows whose damages differ by less than this factor do not need tiles apart."""
 
 _TINY: Final = 1e-30
+"""What is divided by at the least."""
+
 _BLOCK: Final = 1 << 14
 """Rows that are squared at a time."""
 
@@ -249,7 +252,7 @@ class Statistics:
             return (self.moment(unit),), None
         parts = list(zip(self.uses[unit], self.factors[unit], strict=True))
         shares = np.array([f * use.weights * use.diagonal.sum() for use, f in parts], np.float64)
-        shares /= np.maximum(shares.sum(0), np.finfo(np.float64).tiny)
+        shares /= np.maximum(shares.sum(0), _TINY)
         kinds = np.minimum((shares[0] * KINDS).astype(np.int64), KINDS - 1)
         found, kinds = np.unique(kinds, return_inverse=True)
         moments = [
