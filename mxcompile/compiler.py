@@ -50,7 +50,7 @@ from mxcompile.float_model import Feed, FloatModel
 from mxcompile.formats import FORMATS, ActivationFormat
 from mxcompile.instruments import Dump, Verify
 from mxcompile.latency import Latency, predict
-from mxcompile.passes import scale_columns, sort_neurons, sort_vocabulary
+from mxcompile.passes import center_vocabulary, scale_columns, sort_neurons, sort_vocabulary
 from mxcompile.pipeline import Context, Instrument, Pipeline
 from mxcompile.plan import CODEBOOK_BYTES, PrecisionPlan, Rule
 from mxcompile.price import Costs
@@ -493,6 +493,7 @@ def _observed(
 
 _ARRANGED: Final = {
     "scale-columns": scale_columns.follow,
+    "center-vocabulary": center_vocabulary.follow,
     "sort-neurons": sort_neurons.follow,
     "sort-vocabulary": sort_vocabulary.follow,
 }

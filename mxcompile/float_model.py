@@ -17,7 +17,9 @@ Feed: TypeAlias = Mapping[str, Tensor]
 
 LOGITS: Final = graph.LOGITS
 POINTWISE: Final = ("Add", "Cast", "Div", "Identity", "Mul", "Sub", "Tanh")
-"""What may stand between the head and the logits."""
+"""What may stand between the head and the logits, besides what chooses or multiplies columns."""
+TABLE_ROWS: Final = 1024
+"""The least rows of a token table that is worth being arranged."""
 SHAPES: Final = ("Shape", "Size")
 """What reads nothing of a value but how large it is."""
 
@@ -170,17 +172,46 @@ def _is_cache(value: ir.Value) -> bool:
 
 
 def find_head(model: ir.Model, uses: Mapping[str, Sequence[Use]]) -> Use | None:
-    """The linear layer behind the logits, with nothing after it but position-wise operators."""
+    """The linear layer behind the logits, where what it reads is all that these come from.
+
+    Nothing may mix positions on the way; sums with other products of the same are well.
+    """
     linear = {u.node: u for found in uses.values() for u in found if u.kind == "linear"}
-    value = next((v for v in model.graph.outputs if v.name == LOGITS), None)
-    while value is not None and (node := value.producer()) is not None:
-        if node in linear:
-            return linear[node] if len(value.shape or ()) == 3 else None
-        inputs = [v for v in node.inputs if v is not None and v.producer() is not None]
-        if node.op_type not in POINTWISE or len(inputs) != 1:
-            return None
-        value = inputs[0]
-    return None
+    logits = next((v for v in model.graph.outputs if v.name == LOGITS), None)
+    if logits is None:
+        return None
+    layers = [node for node in graph.ancestors(logits, lambda v: False) if node in linear]
+    if not layers or len(layers[-1].outputs[0].shape or ()) != 3:
+        return None
+    hidden = layers[-1].inputs[0]
+    after = graph.ancestors(logits, lambda v: v is hidden)
+    made = {v for node in after for v in node.outputs}
+    read = {v for node in after for v in node.inputs if v is not None and not graph.is_constant(v)}
+    alone = read - made <= {hidden} and all(map(_keeps_positions, after))
+    return linear[layers[-1]] if alone else None
+
+
+def _keeps_positions(node: ir.Node) -> bool:
+    """Whether an operator behind the head computes each position from the same one."""
+    if node.domain == graph.DOMAIN:
+        return node.op_type == "Linear"
+    if node.op_type == "MatMul":
+        return graph.is_constant(node.inputs[1])
+    if node.op_type == "Gather":
+        return node.attributes.get_int("axis", 0) == -1
+    return node.op_type in POINTWISE
+
+
+def token_tables(model: ir.Model) -> dict[str, list[Use]]:
+    """The large tables with a row a token that nothing but lookups and the head read."""
+    found = graph.uses(model)
+    head = find_head(model, found)
+    return {
+        unit: uses
+        for unit, uses in found.items()
+        if graph.matrix_shape(model.graph.initializers[unit])[0] >= TABLE_ROWS
+        and all(use.kind == "embedding" or use is head for use in uses)
+    }
 
 
 def by_position(y: Tensor, use: Use) -> Tensor:

@@ -21,6 +21,7 @@ DOMAIN: Final = "mxcompile"
 OPSET: Final = 23
 LOGITS: Final = "logits"
 SCHEME_KEY: Final = "mxcompile.scheme"
+ADDED_KEY: Final = "mxcompile.added"
 
 MIN_COLUMNS: Final = 32
 """Matrices with fewer columns than a group, or fewer rows than a tile, stay float."""
@@ -396,12 +397,19 @@ def weight(model: ir.Model, unit: str) -> np.ndarray:
     return data.reshape(data.shape[0], -1)
 
 
+def mark_added(value: ir.Value) -> None:
+    """Mark a constant that is none of the model's own, so that it does not count as parameters."""
+    value.metadata_props[ADDED_KEY] = "yes"
+
+
 def parameters(model: ir.Model) -> int:
-    """The number of float weights; tied ones count once."""
+    """The number of the model's own float weights; tied ones count once."""
     return sum(
         v.const_value.size
         for v in model.graph.initializers.values()
-        if v.const_value is not None and v.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+        if v.const_value is not None
+        and v.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+        and ADDED_KEY not in v.metadata_props
     )
 
 
@@ -445,10 +453,16 @@ def shape(value: ir.Value) -> tuple[int | str, ...]:
 
 
 def last_product(model: ir.Model) -> ir.Node | None:
-    """The last matrix product on the way to the logits, if there are any."""
+    """The last matrix product on the way to the logits that has as many columns, if any has."""
     logits = next((v for v in model.graph.outputs if v.name == LOGITS), None)
-    nodes = ancestors(logits, lambda v: False) if logits is not None else []
-    products = [n for n in nodes if n.op_type in ("MixedLinear", "Linear", "MatMul")]
+    if logits is None or logits.shape is None:
+        return None
+    products = [
+        node
+        for node in ancestors(logits, lambda v: False)
+        if node.op_type in ("MixedLinear", "Linear", "MatMul")
+        and (node.outputs[0].shape or logits.shape)[-1] == logits.shape[-1]
+    ]
     return products[-1] if products else None
 
 

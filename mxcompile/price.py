@@ -22,7 +22,7 @@ from mxcompile.statistics import Statistics
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-VERSION: Final = 6
+VERSION: Final = 7
 """Changes whenever the same weights and statistics give other codes or damages."""
 
 FEEDBACK: Final = 0.85

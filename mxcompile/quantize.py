@@ -76,7 +76,7 @@ def _span(first: float, last: float, count: int) -> tuple[float, ...]:
 # 5 and 6. Few levels leave much to win by clipping and by zero-points between codes; many do not.
 _SEARCHES: Final = {
     "int1": _Search(_span(0.3, 0.55, 4), (0,), (0.06, 0.03)),
-    "int2": _Search(_span(0.4, 0.95, 8), (-1, 0, 1), (0.04, 0.02)),
+    "int2": _Search(_span(0.45, 0.9, 5), (-1, 0, 1), (0.05, 0.025)),
     "int3": _Search(_span(0.55, 0.95, 6), (-1, 0, 1), (0.03,)),
     "table3": _Search(_span(0.6, 0.95, 4), (-1, 0, 1), (0.03,)),
     "int4": _Search(_span(0.6, 0.97, 6), (0,), (0.02, 0.01)),

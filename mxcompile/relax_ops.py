@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import tvm
 import tvm.sym
-from tvm import relax, tirx
+from tvm import relax, tirx, topi
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from mxcompile import graph
@@ -26,6 +26,9 @@ Dim: TypeAlias = Any
 Dims: TypeAlias = tuple[Dim, ...]
 Expr: TypeAlias = Any
 """A Relax expression."""
+
+INJECTIVE: Final = 2
+"""What TVM's fusion calls operators that compute each number from one of each operand."""
 
 MAX_SHAPE_CONSTANT: Final = 64
 """Integer constants with more numbers than this are tables, not shapes."""
@@ -291,10 +294,21 @@ def _split(scope: Scope, node: ir.Node) -> Expr:
 
 
 def _gather(scope: Scope, node: ir.Node) -> Expr:
-    data = scope.tensor(node.inputs[0])
-    return relax.op.take(
-        data, scope.tensor(node.inputs[1]), _axis(node, len(shape_of(data)), 0), mode="clip"
-    )
+    """A gather that fuses with its neighbours: TVM holds places that are read to be opaque."""
+    data, index = (scope.tensor(value) for value in node.inputs)
+    axis, attributes = _axis(node, len(shape_of(data)), 0), {"op_pattern": INJECTIVE}
+    mode = "fast" if _lies_within(node.inputs[1], shape_of(data)[axis]) else "clip"
+    return scope.bb.call_te(topi.take, data, index, axis=axis, mode=mode, primfunc_attrs=attributes)
+
+
+def _lies_within(index: ir.Value | None, size: Dim) -> bool:
+    """Whether an index is a constant, perhaps of another type, that needs no bounds."""
+    while index is not None and (node := index.producer()) is not None and node.op_type == "Cast":
+        index = node.inputs[0]
+    if index is None or index.const_value is None or not isinstance(size, int):
+        return False
+    places = index.const_value.numpy()
+    return bool(places.size and places.min() >= 0 and places.max() < size)
 
 
 def _range(scope: Scope, node: ir.Node) -> Expr:

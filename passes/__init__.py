@@ -11,6 +11,7 @@ REGISTRY: Final = {
     "quantize-caches": "mxcompile.passes.quantize_caches:QuantizeCaches",
     "fuse-qdq": "mxcompile.passes.fuse_qdq:FuseQdq",
     "kv-cache": "mxcompile.passes.kv_cache:KvCache",
+    "center-vocabulary": "mxcompile.passes.center_vocabulary:CenterVocabulary",
     "sort-vocabulary": "mxcompile.passes.sort_vocabulary:SortVocabulary",
     "scale-columns": "mxcompile.passes.scale_columns:ScaleColumns",
     "sort-neurons": "mxcompile.passes.sort_neurons:SortNeurons",
@@ -23,7 +24,7 @@ REGISTRY: Final = {
 FRONT: Final = "canonicalize,flatten-attention"
 """Before calibration: the float model in the forms that later passes and the planner know."""
 
-ARRANGE: Final = "scale-columns,sort-vocabulary,sort-neurons"
+ARRANGE: Final = "scale-columns,center-vocabulary,sort-vocabulary,sort-neurons"
 """After calibration, before planning: the same model in a form that loses less when quantized."""
 
 QUANTIZE: Final = "annotate,quantize-weights,quantize-activations,quantize-caches"

@@ -15,9 +15,10 @@ POSITIONS = "logit_positions"
 class SelectLogits(Pass):
     """Gather the hidden states of the wanted positions before the head of a language model.
 
-    Generation needs the logits of the last token alone, and the head is often the largest matrix.
-    The positions become an int64 input of their own; a model without a ``logits`` output or without
-    a cache stays as it is.
+    All products of these on the way to the logits read what is gathered. Generation needs the
+    logits of the last token alone, and the head is often the largest matrix. The positions become
+    an int64 input of their own; a model without a ``logits`` output or without a cache stays as it
+    is.
 
     Before: ``%logits = MixedLinear(%h, ...)``;
     after: ``%logits = MixedLinear(Gather<axis=1>(%h, %logit_positions), ...)``.
@@ -45,5 +46,7 @@ class SelectLogits(Pass):
         )  # fmt: skip
         chosen.type = hidden.type
         chosen.shape = ir.Shape((hidden.shape[0], "logit_rows", hidden.shape[2]))
-        head.replace_input_with(0, chosen)
+        for node in graph.ancestors(outputs[0], lambda v: v is hidden):
+            if node.inputs[0] is hidden:
+                node.replace_input_with(0, chosen)
         return True

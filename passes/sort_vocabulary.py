@@ -3,19 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
 from mxcompile import graph
-from mxcompile.float_model import find_head
+from mxcompile.float_model import token_tables
 from mxcompile.graph import Use
 from mxcompile.pipeline import Context, Pass
 from mxcompile.statistics import Statistics
-
-MIN_ROWS: Final = 1024
-"""The least rows of a table that is worth an order of its own."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +50,7 @@ def follow(model: ir.Model, statistics: Statistics) -> Statistics:
 
 def orders(model: ir.Model, statistics: Statistics) -> dict[str, np.ndarray]:
     """For every table that can be sorted, which of its rows each is to be."""
-    found = graph.uses(model)
-    head = find_head(model, found)
-    return {
-        unit: statistics.order(unit, graph.weight(model, unit))
-        for unit, uses in found.items()
-        if _sortable(model, unit, uses, head)
-    }
-
-
-def _sortable(model: ir.Model, unit: str, uses: Sequence[Use], head: Use | None) -> bool:
-    rows, _ = graph.matrix_shape(model.graph.initializers[unit])
-    return rows >= MIN_ROWS and all(use.kind == "embedding" or use is head for use in uses)
+    return {unit: statistics.order(unit, graph.weight(model, unit)) for unit in token_tables(model)}
 
 
 def _sort(model: ir.Model, unit: str, uses: Sequence[Use], order: np.ndarray) -> None:

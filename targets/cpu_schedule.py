@@ -18,7 +18,7 @@ from typing import Any
 import tvm
 import tvm_ffi
 from tvm import tirx
-from tvm.ir import Call, Expr
+from tvm.ir import Call, Expr, TensorLoad
 from tvm.s_tir import SBlock, SBlockRealize, Schedule, ScheduleError
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.sym import Analyzer
@@ -26,6 +26,7 @@ from tvm.sym import Analyzer
 from mxcompile.targets.cpu_norm import SERIAL_FLOATS, Simd, exp, let, rational, tanh
 
 _CHUNK = 4096  # columns of a long row that one thread takes at a time
+_STEPS = 8  # reads from places that are read themselves, side by side
 _LEAST_LANES = 4  # shorter vectors are not worth having
 _SPATIAL, _REDUCTION = 0, 2  # IterVar.iter_type
 
@@ -102,6 +103,19 @@ def _summed_reads(block: SBlock) -> list[list[Expr]]:
     return [index for index in indices if _used(index) & _reduced(block)]
 
 
+def _gathers(block: SBlock) -> bool:
+    """Tell whether each number of a row is read from where other data say."""
+    column = block.iter_vars[-1].var if block.iter_vars else None
+    places = [place for load in _loads(block.body) for i in load.indices for place in _loads(i)]
+    return any(column in _used(place) for place in places)
+
+
+def _loads(expr: Any) -> list[Any]:
+    found: list[Any] = []
+    tvm_ffi.structural_walk(expr, (TensorLoad, found.append))
+    return found
+
+
 def _inline(sch: Schedule, root: SBlockRV, params: Sequence[Any]) -> None:
     """Inline what is elementwise, except where that would compute it many times."""
     for rv in sch.get_child_blocks(root):
@@ -147,7 +161,7 @@ def _schedule_nest(
     loops = sch.get_loops(anchor)
     if not loops or _is_reduction(sch.get(anchor)):
         return []
-    rank = len(loops)
+    rank, gathers = len(loops), _gathers(sch.get(anchor))
     choices = [(r, _fitting(sch, anchor, pending, r)) for r in range(rank, 0, -1)]
     rows, producers = max(choices, key=lambda choice: len(choice[1]))
 
@@ -155,11 +169,14 @@ def _schedule_nest(
     if sums and rows == rank and all(_runs_along(sch.get(b)) for b in sums):
         outer, inner = loops, list[LoopRV]()
     elif rows == rank:
-        outer, inner = _tile(sch, simd, loops, producers)
+        outer, inner = _tile(sch, simd, loops, producers, gathers)
     else:
         outer, inner = loops[:rows], loops[rows:]
     walks = [_place(sch, simd, producer.block, outer[-1]) for producer in producers]
-    _vectorize(sch, simd, inner, sums=bool(producers))
+    if gathers:
+        _unroll(sch, inner)
+    else:
+        _vectorize(sch, simd, inner, sums=bool(producers))
     sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
     for block, loop in (walk for walk in walks if walk):
         sch.decompose_reduction(block, loop)  # last: TVM cannot tell the parts to be a reduction
@@ -223,11 +240,14 @@ def _width(size: int, simd: Simd, sums: bool) -> int:
 
 
 def _tile(
-    sch: Schedule, simd: Simd, loops: list[LoopRV], producers: list[_Producer]
+    sch: Schedule, simd: Simd, loops: list[LoopRV], producers: list[_Producer], gathers: bool
 ) -> tuple[list[LoopRV], list[LoopRV]]:
     """Cut the last axis, and for a product also an axis of rows; return outer and inner loops."""
     *outer, last = loops
     size = _extent(sch, last)
+    if gathers and size:
+        chunk, last = sch.split(last, [None, max(d for d in range(1, _CHUNK + 1) if size % d == 0)])
+        return [*outer, chunk], [last]
     width = _width(size, simd, sums=bool(producers))
     if not width:
         return (outer, [last]) if outer else (loops, [])
@@ -294,6 +314,18 @@ def _reduce(
     sch.reorder(*walk, *vectors)
     _vectorize(sch, simd, vectors, sums=True)
     return rv, walk[0]
+
+
+def _unroll(sch: Schedule, loops: list[LoopRV]) -> None:
+    """Write out some steps of the last of some innermost loops, so that none of them is a vector.
+
+    Vectors of places would be made for their numbers to be taken out one by one, or be gathered:
+    both take twice as long.
+    """
+    if loops and (size := _extent(sch, loops[-1])):
+        steps = max(d for d in range(1, _STEPS + 1) if size % d == 0)
+        _, inner = sch.split(loops[-1], [None, steps])
+        sch.unroll(inner)
 
 
 def _vectorize(sch: Schedule, simd: Simd, loops: list[LoopRV], sums: bool) -> None:

@@ -128,6 +128,12 @@ CASES = {
     "take": Case(
         [((100, 64), F), ((B, S), N)], lambda x, i: op.take(x, i, axis=0), lambda x, i: x[i]
     ),
+    "take-columns": Case(
+        [((B, S, 128), F), ((96,), N)],
+        lambda x, i: op.take(x, i, axis=2),
+        lambda x, i: x[..., i],
+        ("T.parallel", "T.unroll"),
+    ),
     "cast": Case([((B, S), N)], lambda x: op.astype(x, F), lambda x: x.astype(F), PARALLEL),
     "where": Case(
         [((B, S, 48), P), ((B, S, 48), F)],
