@@ -146,6 +146,16 @@ def test_rows_that_never_count_are_centered_all_the_same(rows: np.ndarray) -> No
     assert center_vocabulary.find(rows, np.zeros(ROWS)) is not None
 
 
+@pytest.mark.parametrize("where", ["rows", "harm"])
+def test_what_is_not_finite_is_left_for_prices_to_refuse(where: str, rows: np.ndarray) -> None:
+    harm = np.ones(ROWS)
+    if where == "rows":
+        rows[7, 3] = np.nan
+    else:
+        harm[7] = np.inf
+    assert center_vocabulary.find(rows, harm) is None
+
+
 def test_the_head_is_found_behind_centroids(model: ir.Model, statistics: Statistics) -> None:
     found = run("center-vocabulary,sort-vocabulary", model, statistics)
     uses = graph.uses(found)
