@@ -317,6 +317,18 @@ def take_place(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
     replace_uses(model, old, new)
 
 
+def come_after(old: ir.Value, new: ir.Value, suffix: str) -> None:
+    """Let ``new``, computed from ``old``, be that to all others; ``old`` goes by another name."""
+    node = new.producer()
+    assert node is not None
+    slots = [slot for slot, value in enumerate(node.inputs) if value is old]
+    new.type, new.shape = old.type, old.shape
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    for slot in slots:
+        node.replace_input_with(slot, old)
+    old.name, new.name = f"{old.name}.{suffix}", old.name
+
+
 def read_once(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """What computes a value that one node alone reads, if it is such an operator."""
     node = value.producer() if value is not None else None

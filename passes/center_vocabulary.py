@@ -208,10 +208,6 @@ class _After:
 
     def total(self, center: ir.Value) -> None:
         """Let the sum of the result and its centroids take the result's place."""
-        name = graph.name(self.result)
-        total = self.add(
-            "Add", [self.result, center], "total", self.result.dtype, self.result.shape
-        )
-        graph.replace_uses(self.model, self.result, total)
-        self.node.replace_input_with(0, self.result)
-        self.result.name, total.name = f"{name}.left", name
+        dtype, shape = self.result.dtype, self.result.shape
+        total = self.add("Add", [self.result, center], "total", dtype, shape)
+        graph.come_after(self.result, total, "left")

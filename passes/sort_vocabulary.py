@@ -81,13 +81,6 @@ def _look_up(model: ir.Model, node: ir.Node, rows: ir.Value) -> None:
 def _put_back(model: ir.Model, node: ir.Node, rows: ir.Value) -> None:
     """Put what the head computes into the order of tokens."""
     result = node.outputs[0]
-    name = graph.name(result)
-    moved = graph.node_after(
-        node, model, "Gather", [result, rows], f"{name}.tokens", attributes={"axis": -1}
-    )
-    moved.type, moved.shape = result.type, result.shape
-    gather = moved.producer()
-    assert gather is not None
-    graph.replace_uses(model, result, moved)
-    gather.replace_input_with(0, result)
-    result.name, moved.name = f"{name}.sorted", name
+    name = f"{graph.name(result)}.tokens"
+    moved = graph.node_after(node, model, "Gather", [result, rows], name, attributes={"axis": -1})
+    graph.come_after(result, moved, "sorted")

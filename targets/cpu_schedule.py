@@ -26,6 +26,7 @@ from tvm.sym import Analyzer
 from mxcompile.targets.cpu_norm import SERIAL_FLOATS, Simd, exp, let, rational, tanh
 
 _CHUNK = 4096  # columns of a long row that one thread takes at a time
+_LEAST_CHUNK = 64  # fewer are not worth the choice of a thread
 _STEPS = 8  # reads from places that are read themselves, side by side
 _LEAST_LANES = 4  # shorter vectors are not worth having
 _SPATIAL, _REDUCTION = 0, 2  # IterVar.iter_type
@@ -227,6 +228,11 @@ def _extent(sch: Schedule, loop: LoopRV) -> int:
     return int(extent.value) if isinstance(extent, tirx.IntImm) else 0
 
 
+def _divisor(size: int, most: int) -> int:
+    """The largest divisor of a size that is no larger than ``most``; 0 of what is not known."""
+    return max(d for d in range(1, most + 1) if size % d == 0) if size else 0
+
+
 def _width(size: int, simd: Simd, sums: bool) -> int:
     """Choose the lanes for an axis, 0 for none.
 
@@ -235,7 +241,7 @@ def _width(size: int, simd: Simd, sums: bool) -> int:
     """
     lanes = math.gcd(size, simd.lanes) if size else 0
     if sums and size and lanes < simd.lanes // 2:
-        lanes = max(d for d in range(1, simd.lanes + 1) if size % d == 0)
+        lanes = _divisor(size, simd.lanes)
     return lanes if lanes >= _LEAST_LANES and (sums or lanes in (simd.lanes, size)) else 0
 
 
@@ -245,15 +251,15 @@ def _tile(
     """Cut the last axis, and for a product also an axis of rows; return outer and inner loops."""
     *outer, last = loops
     size = _extent(sch, last)
-    if gathers and size:
-        chunk, last = sch.split(last, [None, max(d for d in range(1, _CHUNK + 1) if size % d == 0)])
+    if gathers and (columns := _divisor(size, _CHUNK)) >= _LEAST_CHUNK:
+        chunk, last = sch.split(last, [None, columns])
         return [*outer, chunk], [last]
-    width = _width(size, simd, sums=bool(producers))
+    width = 0 if gathers else _width(size, simd, sums=bool(producers))
     if not width:
         return (outer, [last]) if outer else (loops, [])
     vectors = size // width
     most = 4 if producers else _CHUNK // width
-    unroll = max(d for d in range(1, most + 1) if vectors % d == 0)
+    unroll = _divisor(vectors, most)
     chunk, *inner = sch.split(last, [None, unroll, width])
     for i, loop in enumerate(outer):
         shares = producers and all(_shares_vectors(sch.get(p.block), p.rows[i]) for p in producers)
@@ -323,8 +329,7 @@ def _unroll(sch: Schedule, loops: list[LoopRV]) -> None:
     both take twice as long.
     """
     if loops and (size := _extent(sch, loops[-1])):
-        steps = max(d for d in range(1, _STEPS + 1) if size % d == 0)
-        _, inner = sch.split(loops[-1], [None, steps])
+        _, inner = sch.split(loops[-1], [None, _divisor(size, _STEPS)])
         sch.unroll(inner)
 
 

@@ -1,22 +1,19 @@
 """Centered token tables: the same model, and rows that are smaller where they are alike."""
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
 
-from mxcompile import graph, passes, target
+from mxcompile import graph
 from mxcompile.float_model import FloatModel, find_head, token_tables
-from mxcompile.instruments import Verify
 from mxcompile.interpret import Interpreter
 from mxcompile.passes import center_vocabulary
-from mxcompile.pipeline import Context, Pipeline
 from mxcompile.statistics import Statistics, UseStatistics
+from tests.blocks import arrange, parse
 
 ROWS, COLUMNS, GROUPS = 4096, 64, 2
 LANGUAGE_MODEL = """
-<ir_version: 10, opset_import: ["" : 23, "mxcompile" : 1]>
 g (int64[batch, seq] input_ids, int64[count] more) => (
     float[batch, seq, 4096] logits, float[count, 64] vectors) {
     e = Gather(table, input_ids)
@@ -25,13 +22,7 @@ g (int64[batch, seq] input_ids, int64[count] more) => (
     l = mxcompile.Linear(d, table)
     capped = Tanh(l)
     logits = Mul(capped, scale)
-}
-<domain: "mxcompile", opset_import: ["" : 23]>
-Linear (x, w) => (y) {
-    t = Transpose<perm = [1, 0]>(w)
-    y = MatMul(x, t)
-}
-"""
+}"""
 
 
 @pytest.fixture
@@ -46,16 +37,8 @@ def rows() -> np.ndarray:
 @pytest.fixture
 def model(rows: np.ndarray) -> ir.Model:
     rng = np.random.default_rng(1)
-    found = ir.from_proto(onnx.parser.parse_model(LANGUAGE_MODEL))
-    read = {v.name: v for node in found.graph for v in node.inputs if v is not None}
     layer = rng.standard_normal((COLUMNS, COLUMNS)).astype(np.float32) / COLUMNS
-    for name, data in {"table": rows, "layer": layer, "scale": np.array(3, "f4")}.items():
-        value = read[name]
-        value.const_value = ir.Tensor(data, name=name)
-        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(data.shape)
-        found.graph.register_initializer(value)
-    graph.infer_shapes(found)
-    return found
+    return parse(LANGUAGE_MODEL, {"table": rows, "layer": layer, "scale": np.array(3, "f4")})
 
 
 @pytest.fixture
@@ -74,11 +57,6 @@ def statistics() -> Statistics:
     )
 
 
-def run(pipeline: str, model: ir.Model, statistics: Statistics | None) -> ir.Model:
-    ctx = Context(target.find("x86-avx512vnni"), statistics=statistics)
-    return Pipeline.parse(pipeline, passes.REGISTRY).run(model, ctx, [Verify()])
-
-
 def answers(model: ir.Model) -> list[torch.Tensor]:
     rng = np.random.default_rng(3)
     feed = {"input_ids": rng.integers(0, ROWS, (2, 5)), "more": rng.integers(0, ROWS, 7)}
@@ -92,7 +70,7 @@ def answers(model: ir.Model) -> list[torch.Tensor]:
 def test_the_model_computes_the_same(
     model: ir.Model, statistics: Statistics, pipeline: str
 ) -> None:
-    found = run(pipeline, model, statistics)
+    found = arrange(pipeline, model, statistics)
     assert [v.name for v in found.graph.outputs] == ["logits", "vectors"]
     # Subtracting and adding round to half a unit in the last place each: 2**-23 of numbers below 8.
     for new, old in zip(answers(found), answers(model), strict=True):
@@ -102,7 +80,7 @@ def test_the_model_computes_the_same(
 def test_rows_keep_what_is_their_own(
     model: ir.Model, statistics: Statistics, rows: np.ndarray
 ) -> None:
-    found = run("center-vocabulary", model, statistics)
+    found = arrange("center-vocabulary", model, statistics)
     left = graph.weight(found, "table")
     # Of a point's rows 0.3**2 a column is left, but for the centroid that is their mean.
     assert np.square(left).mean() == pytest.approx(0.09, rel=0.1)
@@ -138,7 +116,7 @@ def test_rows_that_share_nothing_stay(
     noise = (scale * rng.standard_normal((ROWS, COLUMNS))).astype(np.float32)
     assert center_vocabulary.find(noise, np.ones(ROWS)) is None
     model.graph.initializers["table"].const_value = ir.Tensor(noise, name="table")
-    found = run("center-vocabulary", model, statistics)
+    found = arrange("center-vocabulary", model, statistics)
     assert [n.op_type for n in found.graph] == [n.op_type for n in model.graph]
 
 
@@ -157,7 +135,7 @@ def test_what_is_not_finite_is_left_for_prices_to_refuse(where: str, rows: np.nd
 
 
 def test_the_head_is_found_behind_centroids(model: ir.Model, statistics: Statistics) -> None:
-    found = run("center-vocabulary,sort-vocabulary", model, statistics)
+    found = arrange("center-vocabulary,sort-vocabulary", model, statistics)
     uses = graph.uses(found)
     head = find_head(found, uses)
     assert head is uses["table"][-1]
@@ -172,22 +150,23 @@ def test_the_head_is_found_behind_centroids(model: ir.Model, statistics: Statist
     torch.testing.assert_close(watched.logits(values["d"][0]), values["logits"][0])
 
 
-def test_a_head_whose_logits_come_from_elsewhere_too_is_none(model: ir.Model) -> None:
+@pytest.mark.parametrize(("source", "alone"), [("e", False), ("d", True)])
+def test_a_head_is_all_that_logits_come_from(model: ir.Model, source: str, alone: bool) -> None:
     (last,) = graph.select(model.graph, "Mul")
-    total = graph.node_after(last, model, "ReduceSum", [last.outputs[0]], "sum")
-    (gather, _) = graph.select(model.graph, "Gather")
-    other = graph.node_after(last, model, "ReduceMax", [gather.outputs[0]], "most")
-    added = graph.node_after(other.producer(), model, "Add", [last.outputs[0], other], "added")
-    added.type, added.shape = last.outputs[0].type, last.outputs[0].shape
-    model.graph.outputs[0] = added
-    last.outputs[0].name, added.name = "before", "logits"
-    assert total is not None
-    assert find_head(model, graph.uses(model)) is None
+    read = next(v for node in model.graph for v in node.outputs if v.name == source)
+    table = graph.constant(model, "other", np.ones((COLUMNS, ROWS), np.float32))
+    other = graph.node_after(last, model, "MatMul", [read, table], "product")
+    total = graph.node_after(other.producer(), model, "Add", [last.outputs[0], other], "total")
+    other.type, other.shape = last.outputs[0].type, last.outputs[0].shape
+    graph.come_after(last.outputs[0], total, "before")
+    assert total.name == "logits"
+    assert (find_head(model, graph.uses(model)) is not None) == alone
 
 
 def test_without_statistics_nothing_is_centered(model: ir.Model) -> None:
-    assert graph.weight(run("center-vocabulary", model, None), "table") is not None
-    assert len(list(run("center-vocabulary", model, None).graph)) == len(list(model.graph))
+    found = arrange("center-vocabulary", model, None)
+    assert np.array_equal(graph.weight(found, "table"), graph.weight(model, "table"))
+    assert len(list(found.graph)) == len(list(model.graph))
 
 
 def test_statistics_stay(model: ir.Model, statistics: Statistics) -> None:

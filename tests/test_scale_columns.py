@@ -5,16 +5,14 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from mxcompile import graph, passes, target
+from mxcompile import graph
 from mxcompile.formats import FORMATS
-from mxcompile.instruments import Verify
 from mxcompile.interpret import Interpreter
 from mxcompile.passes import scale_columns
 from mxcompile.passes.scale_columns import POWER, Scaling
-from mxcompile.pipeline import Context, Pipeline
 from mxcompile.quantize import Importance, dequantize, quantize
 from mxcompile.statistics import Statistics, UseStatistics
-from tests.blocks import INNER, SIZES, WIDTH, build
+from tests.blocks import INNER, SIZES, WIDTH, arrange, build
 
 VECTORS = {"gain": (WIDTH,), "shift": (WIDTH,)}
 BLOCK = """
@@ -51,8 +49,7 @@ def statistics() -> Statistics:
 
 
 def scale(model: ir.Model, statistics: Statistics | None) -> ir.Model:
-    ctx = Context(target.find("x86-avx512vnni"), statistics=statistics)
-    return Pipeline.parse("scale-columns", passes.REGISTRY).run(model, ctx, [Verify()])
+    return arrange("scale-columns", model, statistics)
 
 
 def test_the_model_computes_the_same(model: ir.Model, statistics: Statistics) -> None:

@@ -5,15 +5,13 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from mxcompile import graph, passes, target
-from mxcompile.instruments import Verify
+from mxcompile import graph
 from mxcompile.interpret import Interpreter
 from mxcompile.passes import sort_neurons
 from mxcompile.passes.sort_neurons import Neurons
-from mxcompile.pipeline import Context, Pipeline
 from mxcompile.plan import ROW_TILE
 from mxcompile.statistics import Statistics, UseStatistics
-from tests.blocks import INNER, SIZES, WIDTH, build
+from tests.blocks import INNER, SIZES, WIDTH, arrange, build
 
 VECTORS = {"bias": (INNER,), "scale": ()}
 
@@ -48,8 +46,7 @@ def statistics() -> Statistics:
 
 
 def sort(model: ir.Model, statistics: Statistics | None) -> ir.Model:
-    ctx = Context(target.find("x86-avx512vnni"), statistics=statistics)
-    return Pipeline.parse("sort-neurons", passes.REGISTRY).run(model, ctx, [Verify()])
+    return arrange("sort-neurons", model, statistics)
 
 
 def test_the_model_computes_the_same(model: ir.Model, statistics: Statistics) -> None:

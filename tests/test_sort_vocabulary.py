@@ -3,49 +3,32 @@
 from dataclasses import replace
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
 
-from mxcompile import graph, passes, target
-from mxcompile.instruments import Verify
+from mxcompile import graph
 from mxcompile.interpret import Interpreter
 from mxcompile.passes import sort_vocabulary
-from mxcompile.pipeline import Context, Pipeline
 from mxcompile.statistics import ALIKE, Statistics, UseStatistics, expected, shrunk
+from tests.blocks import arrange, parse
 
 ROWS, COLUMNS = 2048, 32
 LANGUAGE_MODEL = """
-<ir_version: 10, opset_import: ["" : 23, "mxcompile" : 1]>
 g (int64[batch, seq] input_ids) => (float[batch, seq, 2048] logits) {
     e = Gather(table, input_ids)
     d = mxcompile.Linear(e, layer)
     l = mxcompile.Linear(d, table)
     logits = Mul(l, scale)
-}
-<domain: "mxcompile", opset_import: ["" : 23]>
-Linear (x, w) => (y) {
-    t = Transpose<perm = [1, 0]>(w)
-    y = MatMul(x, t)
-}
-"""
+}"""
 
 
 @pytest.fixture
 def model() -> ir.Model:
     rng = np.random.default_rng(0)
-    found = ir.from_proto(onnx.parser.parse_model(LANGUAGE_MODEL))
-    read = {v.name: v for node in found.graph for v in node.inputs if v is not None}
-    weights = {"table": (ROWS, COLUMNS), "layer": (COLUMNS, COLUMNS), "scale": ()}
-    for name, shape in weights.items():
-        data = rng.standard_normal(shape).astype(np.float32)
-        value = read[name]
-        value.const_value = ir.Tensor(data, name=name)
-        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
-        found.graph.register_initializer(value)
-    graph.infer_shapes(found)
-    return found
+    shapes = {"table": (ROWS, COLUMNS), "layer": (COLUMNS, COLUMNS), "scale": ()}
+    weights = {n: np.asarray(rng.standard_normal(s), np.float32) for n, s in shapes.items()}
+    return parse(LANGUAGE_MODEL, weights)
 
 
 @pytest.fixture
@@ -62,8 +45,7 @@ def statistics() -> Statistics:
 
 
 def sort(model: ir.Model, statistics: Statistics | None) -> ir.Model:
-    ctx = Context(target.find("x86-avx512vnni"), statistics=statistics)
-    return Pipeline.parse("sort-vocabulary", passes.REGISTRY).run(model, ctx, [Verify()])
+    return arrange("sort-vocabulary", model, statistics)
 
 
 def test_the_model_computes_the_same(model: ir.Model, statistics: Statistics) -> None:
