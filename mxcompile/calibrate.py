@@ -45,7 +45,7 @@ PASSES: Final = 16
 KEEP_SECONDS: Final = 30.0
 """How much work an interruption may lose."""
 
-VERSION: Final = 7
+VERSION: Final = 8
 """Changes whenever other statistics come out of the same model and samples."""
 
 _log = logging.getLogger(__name__)

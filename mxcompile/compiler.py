@@ -22,6 +22,7 @@ from mxcompile import (
     knobs,
     lower,
     memory,
+    observe,
     passes,
     price,
     records,
@@ -50,7 +51,13 @@ from mxcompile.float_model import Feed, FloatModel
 from mxcompile.formats import FORMATS, ActivationFormat
 from mxcompile.instruments import Dump, Verify
 from mxcompile.latency import Latency, predict
-from mxcompile.passes import center_vocabulary, scale_columns, sort_neurons, sort_vocabulary
+from mxcompile.passes import (
+    center_vocabulary,
+    scale_columns,
+    smooth_attention,
+    sort_neurons,
+    sort_vocabulary,
+)
 from mxcompile.pipeline import Context, Instrument, Pipeline
 from mxcompile.plan import CODEBOOK_BYTES, PrecisionPlan, Rule
 from mxcompile.price import Costs
@@ -390,12 +397,15 @@ def _run(job: Job, pipeline: str, model: ir.Model, ctx: Context) -> ir.Model:
 
 
 def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Model, Samples]:
-    """The canonical model, and samples."""
+    """The canonical model with smooth keys and values, and samples."""
     with progress.stage("load"):
         model = graph.load(job.model)
         graph.fix_shapes(model, dict(map(_parse_shape, job.shapes)))
         model = _run(job, passes.FRONT, model, Context(where))
         samples = Samples.find(model, job.model, job.calibration)
+        read = smooth_attention.observed(model)
+        powers = observe.powers(model, samples.probes, read) if read else None
+        model = _run(job, passes.SMOOTH, model, Context(where, powers=powers))
     return model, samples
 
 
@@ -666,7 +676,7 @@ def _read_plan(path: Path, model: ir.Model) -> PrecisionPlan:
 def _manifest(
     job: Job, where: target.Target, planned: Planned, lowered: lower.Lowered
 ) -> artifacts.Manifest:
-    text = ",".join((passes.FRONT, passes.ARRANGE, passes.QUANTIZE, passes.FUSE))
+    text = ",".join((passes.FRONT, passes.SMOOTH, passes.ARRANGE, passes.QUANTIZE, passes.FUSE))
     decoder = bool(lowered.caches)
     formats = planned.plan.caches
     kept = [(c, formats.get(c.name, caches.FLOAT).name) for c in caches.find(planned.model)]

@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -36,7 +37,7 @@ from mxcompile.float_model import (
 )
 from mxcompile.formats import ACTIVATION_FORMATS, CACHE_FORMATS, GROUP
 from mxcompile.graph import Use
-from mxcompile.interpret import Values
+from mxcompile.interpret import Interpreter, Values
 from mxcompile.statistics import Array, Factors, Statistics, UseStatistics
 
 FULL_COLUMNS: Final = 2048
@@ -50,6 +51,20 @@ LOGIT_ROWS: Final = 32
 
 HEAD_STRIDE: Final = 4
 """Of a text's positions every so many is given a label: a large vocabulary is most of the work."""
+
+
+def powers(model: ir.Model, feeds: Sequence[Feed], names: Sequence[str]) -> dict[str, Array]:
+    """The mean squares, over all positions of some samples, of the columns of values by name."""
+    interpreter = Interpreter(model)
+    sums = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
+    counts = dict.fromkeys(names, 0)
+    with torch.no_grad():
+        for feed in feeds:
+            for name, value in interpreter.run(feed, fetch=names).items():
+                rows = value.flatten(0, -2)
+                sums[name] = sums[name] + rows.double().square().sum(0)
+                counts[name] += len(rows)
+    return {name: (total / counts[name]).numpy() for name, total in sums.items()}
 
 
 class Observer:

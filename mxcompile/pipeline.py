@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from mxcompile.errors import MxError, PassError
 from mxcompile.plan import PrecisionPlan
-from mxcompile.statistics import Statistics
+from mxcompile.statistics import Array, Statistics
 from mxcompile.target import Target
 
 
@@ -19,12 +19,14 @@ class Context:
     """What every pass may read and none may change.
 
     ``plan`` is None before the solve. ``statistics`` say what weights meet, which the quantizers
-    weigh errors with; without them all columns count alike.
+    weigh errors with; without them all columns count alike. ``powers`` are the mean squares of the
+    columns of values, by name.
     """
 
     target: Target
     plan: PrecisionPlan | None = None
     statistics: Statistics | None = None
+    powers: Mapping[str, Array] | None = None
 
 
 class Pass(ABC):

@@ -13,6 +13,7 @@ REGISTRY: Final = {
     "kv-cache": "mxcompile.passes.kv_cache:KvCache",
     "center-vocabulary": "mxcompile.passes.center_vocabulary:CenterVocabulary",
     "sort-vocabulary": "mxcompile.passes.sort_vocabulary:SortVocabulary",
+    "smooth-attention": "mxcompile.passes.smooth_attention:SmoothAttention",
     "scale-columns": "mxcompile.passes.scale_columns:ScaleColumns",
     "sort-neurons": "mxcompile.passes.sort_neurons:SortNeurons",
     "select-logits": "mxcompile.passes.select_logits:SelectLogits",
@@ -23,6 +24,10 @@ REGISTRY: Final = {
 
 FRONT: Final = "canonicalize,flatten-attention"
 """Before calibration: the float model in the forms that later passes and the planner know."""
+
+SMOOTH: Final = "smooth-attention"
+"""Before calibration too, but on what a few samples say: the same model, whose keys and values lose
+less when they are cached in few bits."""
 
 ARRANGE: Final = "scale-columns,center-vocabulary,sort-vocabulary,sort-neurons"
 """After calibration, before planning: the same model in a form that loses less when quantized."""

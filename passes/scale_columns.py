@@ -34,9 +34,19 @@ class Scaling:
         constants: The vectors that are: scales and biases of a norm.
     """
 
-    read: tuple[str, ...]
+    read: tuple[str, ...] = ()
     made: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
+
+    def apply(self, model: ir.Model, factors: np.ndarray) -> None:
+        """Multiply what reads the features by ``factors`` [features], divide what makes them."""
+        for names, by in (
+            (self.read, factors),
+            (self.made, 1 / factors[:, None]),
+            (self.constants, 1 / factors),
+        ):
+            for name in names:
+                graph.change_constant(model, name, partial(np.multiply, by))
 
 
 @dataclass(frozen=True)
@@ -59,14 +69,7 @@ class ScaleColumns(Pass):
             return False
         found = find(model)
         for scaling in found:
-            factors = _factors(scaling, ctx.statistics)
-            for names, by in (
-                (scaling.read, factors),
-                (scaling.made, 1 / factors[:, None]),
-                (scaling.constants, 1 / factors),
-            ):
-                for name in names:
-                    graph.change_constant(model, name, partial(np.multiply, by))
+            scaling.apply(model, _factors(scaling, ctx.statistics))
         return bool(found)
 
 
@@ -87,17 +90,17 @@ def find(model: ir.Model) -> list[Scaling]:
     found, taken = [], set[str]()
     for node in model.graph:
         made = (layers[node],) if node in layers else ()
-        constants = _gains(node) if node.op_type in NORMS and not node.domain else ()
+        constants = gains(node) if node.op_type in NORMS and not node.domain else ()
         if not made and not constants:
             continue
-        read = _readers(node.outputs[0], layers)
+        read = readers(node.outputs[0], layers)
         if read and taken.isdisjoint(read):
             taken.update(read)
             found.append(Scaling(read, made, constants))
     return found
 
 
-def _gains(node: ir.Node) -> tuple[str, ...]:
+def gains(node: ir.Node) -> tuple[str, ...]:
     """The names of a norm's scale and bias; none where they are not its own to change."""
     found = [value for value in node.inputs[1:] if value is not None]
     alone = all(
@@ -106,7 +109,7 @@ def _gains(node: ir.Node) -> tuple[str, ...]:
     return tuple(map(graph.name, found)) if alone else ()
 
 
-def _readers(value: ir.Value, layers: Mapping[ir.Node, str]) -> tuple[str, ...]:
+def readers(value: ir.Value, layers: Mapping[ir.Node, str]) -> tuple[str, ...]:
     """The layers that read a value, or products of it with others; none where others do too."""
     found, left, seen = dict[str, None](), [value], set[ir.Value]()
     while left:
