@@ -8,7 +8,9 @@ a quadratic expansion does not and no difference between a layer's rows. Both en
 
 Where there are no logits, gradients tell which rows and inputs count, and factors are measured all
 the same: random projections of outputs are a worse guide between layers than labels are (MiniLM at
-3 bits loses a sixth less).
+3 bits loses a sixth less). So is what errors in the rows of rare tokens do, which are most of what
+an embedding says (a tenth less). A decoder has its own probabilities to tell tokens apart by: for
+Gemma 3 270M factors of 0.3 to 1.1 were found, and changed its divergence at 3 bits by -2 to 5 %.
 """
 
 import hashlib
@@ -31,7 +33,7 @@ from mxcompile.files import whole
 from mxcompile.float_model import Feed, FloatModel
 from mxcompile.graph import Use
 from mxcompile.observe import Observer
-from mxcompile.probe import ForwardProbe
+from mxcompile.probe import ForwardProbe, measure_rarity
 from mxcompile.progress import Progress
 from mxcompile.statistics import Statistics
 
@@ -45,7 +47,7 @@ PASSES: Final = 16
 KEEP_SECONDS: Final = 30.0
 """How much work an interruption may lose."""
 
-VERSION: Final = 8
+VERSION: Final = 9
 """Changes whenever other statistics come out of the same model and samples."""
 
 _log = logging.getLogger(__name__)
@@ -76,13 +78,15 @@ def collect(
     progress = progress or Progress()
     watched = FloatModel(model, uses)
     observer = Observer(watched, gradients=sensitivity == GRADIENT)
-    if sensitivity == GRADIENT and not watched.scores_labels:
-        feeds = list(feeds) * -(-PASSES // len(feeds))
+    passes = (
+        -(-PASSES // len(feeds)) if sensitivity == GRADIENT and not watched.scores_labels else 1
+    )
+    samples = list(feeds) * passes
     if draft is not None:
         draft.resume(observer)
-    with progress.stage("calibrate", len(feeds)) as advance:
+    with progress.stage("calibrate", len(samples)) as advance:
         advance(observer.seen)
-        for _ in observer.see(feeds[observer.seen :]):
+        for _ in observer.see(samples[observer.seen :]):
             if draft is not None:
                 draft.keep(observer)
             advance()
@@ -90,6 +94,8 @@ def collect(
     if probes and (sensitivity == FORWARD or not watched.scores_labels):
         with torch.no_grad():
             found = replace(found, factors=ForwardProbe().factors(watched, found, probes, progress))
+    if not watched.scores_labels:
+        found = measure_rarity(watched, found, feeds, progress)
     return found
 
 

@@ -70,6 +70,25 @@ _BLOCK: Final = 1 << 14
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Rarity:
+    """How much more an error counts in rows that are read rarely, than ``moment`` says of all.
+
+    Attributes:
+        levels: Shares of lookups, rising, float64 [levels].
+        factors: How much more it counts in rows that are read as often, float64 [levels]; between
+            levels they are interpolated by the logarithm.
+    """
+
+    levels: Array
+    factors: Array
+
+    def of(self, shares: Array) -> Array:
+        """The factors of rows that are expected to have these shares of lookups."""
+        known = np.log(np.maximum(shares, _TINY))
+        return np.interp(known, np.log(self.levels), self.factors)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class UseStatistics:
     """What one use of a unit meets.
 
@@ -85,6 +104,7 @@ class UseStatistics:
         count: How many positions, or lookups, these are the means of.
         likely: Of an embedding whose tokens the model predicts as well, the mean probability of
             each, float32 [rows].
+        rarity: Of an embedding, how an error's harm goes with how rare a row is, where measured.
         order: Which of these each row of the weight is, int64 [rows], where it was sorted.
     """
 
@@ -94,6 +114,7 @@ class UseStatistics:
     rows: Array
     count: float
     likely: Array | None = None
+    rarity: Rarity | None = None
     order: Array | None = None
 
     @property
@@ -101,6 +122,8 @@ class UseStatistics:
         """How much an error in each row of the weight is taken to count, float32 [rows]."""
         if self.kind == "embedding":
             weights = expected(self.rows, self.count, self.likely)
+            if self.rarity is not None:
+                weights *= self.rarity.of(weights).astype(np.float32)
         else:
             weights = shrunk(self.rows)
         return weights if self.order is None else weights[self.order]
@@ -278,6 +301,9 @@ def save(statistics: Statistics, path: Path) -> None:
             tensors[f"rows.{unit}.{index}"] = torch.from_numpy(use.rows)
             if use.likely is not None:
                 tensors[f"likely.{unit}.{index}"] = torch.from_numpy(use.likely)
+            if use.rarity is not None:
+                both = np.stack([use.rarity.levels, use.rarity.factors])
+                tensors[f"rarity.{unit}.{index}"] = torch.from_numpy(both)
             about_use = {"kind": use.kind, "source": use.source, "moment": where}
             described.append({**about_use, "count": use.count})
         units.append({"name": unit, "uses": described, "factors": statistics.factors[unit]})
@@ -311,6 +337,9 @@ def load(path: Path) -> Statistics:
                     tensors[f"rows.{unit['name']}.{index}"],
                     use["count"],
                     tensors.get(f"likely.{unit['name']}.{index}"),
+                    None
+                    if (r := tensors.get(f"rarity.{unit['name']}.{index}")) is None
+                    else Rarity(*r),
                 )
                 for index, use in enumerate(unit["uses"])
             )

@@ -26,6 +26,7 @@ from mxcompile.statistics import (
     LEAST_AROUND,
     PRIOR,
     SHRINK,
+    Rarity,
     Statistics,
     expected,
     shrunk,
@@ -436,6 +437,77 @@ def test_what_the_model_holds_for_likely_tells_rows_apart_that_were_not_met() ->
     assert seeing.sum() == pytest.approx(1, rel=0.2)
 
 
+TABLE = 2048
+COMMON = 32
+"""Tokens of a table that are read often; the others are rare."""
+
+NAMING = """
+g (int64[1, seq] input_ids) => (float[1, seq, 32] y) {
+    e = Gather(table, input_ids)
+    p = Gather(power, input_ids)
+    t = Unsqueeze(p, last)
+    y = Mul(e, t)
+}
+"""
+
+
+def naming_model(rare: float) -> tuple[ir.Model, list[Feed]]:
+    """A model that multiplies the rows of rare tokens, and texts of which every fourth is one."""
+    power = np.where(np.arange(TABLE) < COMMON, 1, rare).astype(np.float32)
+    table = random(TABLE, WIDTH, seed=0)
+    model = build(NAMING, table=table, power=power, last=np.array([-1]))
+    rng = np.random.default_rng(1)
+    ids = np.where(
+        rng.random((40, 64)) < 0.25,
+        rng.integers(COMMON, TABLE, (40, 64)),
+        rng.integers(0, COMMON, (40, 64)),
+    )
+    return model, list(token_feeds(model, ids))
+
+
+@pytest.mark.parametrize("rare", [1.0, 3.0])
+def test_rare_rows_count_as_much_more_as_measured(rare: float) -> None:
+    """An error in a row does harm in proportion to the square of what multiplies it."""
+    model, feeds = naming_model(rare)
+    found = calibrate.collect(model, graph.uses(model), feeds, feeds[:2])
+    (use,) = found.uses["table"]
+    assert use.rarity is not None
+    low, high = use.rarity.factors[0], use.rarity.factors[-1]
+    # Rows of 32 columns, some hundred lookups of each kind: their errors vary by a tenth or so.
+    assert low / high == pytest.approx(rare**2, rel=0.15)
+    plain = replace(use, rarity=None)
+    gain = use.weights / plain.weights
+    assert np.median(gain[:COMMON]) == pytest.approx(high, rel=0.05)
+    assert np.median(gain[COMMON:]) == pytest.approx(low, rel=0.05)
+
+
+def test_rarity_holds_beyond_what_was_measured() -> None:
+    rarity = Rarity(np.array([1e-4, 1e-2]), np.array([3.0, 1.0]))
+    found = rarity.of(np.array([0.0, 1e-6, 1e-4, 1e-3, 1e-2, 0.5]))
+    assert found == pytest.approx([3, 3, 3, 2, 1, 1])
+
+
+def test_tokens_that_are_all_alike_have_one_factor() -> None:
+    model, _ = naming_model(1.0)
+    feeds = list(token_feeds(model, np.zeros((4, 16), np.int64)))
+    found = calibrate.collect(model, graph.uses(model), feeds, feeds[:1])
+    rarity = found.uses["table"][0].rarity
+    assert rarity is not None and len(rarity.levels) == 1
+    assert np.isfinite(rarity.factors).all()
+
+
+def test_small_tables_and_those_of_language_models_have_no_rarity() -> None:
+    model, feeds = naming_model(1.0)
+    model.graph.outputs[0].name = "logits"
+    found = calibrate.collect(model, graph.uses(model), feeds, feeds[:1])
+    assert found.uses["table"][0].rarity is None
+    small = build(NAMING, table=random(200, WIDTH, seed=0), power=np.ones(200, "f4"),
+                  last=np.array([-1]))  # fmt: skip
+    feeds = list(token_feeds(small, np.arange(64).reshape(1, 64)))
+    found = calibrate.collect(small, graph.uses(small), feeds, feeds[:1])
+    assert found.uses["table"][0].rarity is None
+
+
 def test_an_unmet_row_counts_as_those_around_it_do() -> None:
     half = AROUND * LEAST_AROUND
     frequent, rare = np.tile([1.0, 0.0], half // 2), np.tile([0.01, 0.0], half // 2)
@@ -695,7 +767,8 @@ def same(a: Statistics, b: Statistics) -> bool:
         for unit, uses in s.uses.items():
             for use, factor in zip(uses, s.factors[unit], strict=True):
                 likely = None if use.likely is None else use.likely.tolist()
-                values = use.moment.tolist(), use.rows.tolist(), use.count, likely
+                rarity = use.rarity and (use.rarity.levels.tolist(), use.rarity.factors.tolist())
+                values = use.moment.tolist(), use.rows.tolist(), use.count, likely, rarity
                 found.append((unit, use.kind, use.source, *values, factor))
         return found
 
@@ -704,7 +777,13 @@ def same(a: Statistics, b: Statistics) -> bool:
 
 def test_statistics_survive_a_file(found: Statistics, tmp_path: Path) -> None:
     path = tmp_path / "cache" / "key.safetensors"
-    found = replace(found, caches={"past_key_values.0.key": {"int4": 0.25, "int8": 0.001}})
+    rarity = Rarity(np.array([1e-5, 0.1]), np.array([2.0, 0.5]))
+    uses = [replace(use, rarity=rarity) for use in found.uses["embedding"]]
+    found = replace(
+        found,
+        uses={**found.uses, "embedding": tuple(uses)},
+        caches={"past_key_values.0.key": {"int4": 0.25, "int8": 0.001}},
+    )
     statistics.save(found, path)
     again = statistics.load(path)
     assert same(again, found)
