@@ -28,10 +28,6 @@ RARITIES: Final = 5
 RARITY_SAMPLES: Final = 16
 """Samples that are perturbed for that."""
 
-RARITY_TRUST: Final = 0.5
-"""How much of what tells the parts apart is believed, as a power: other texts have other rare
-words. MiniLM does best with all of it at 3 bits and with none to half of it at 4.2."""
-
 
 @dataclass(frozen=True, slots=True)
 class ForwardProbe:
@@ -130,10 +126,8 @@ def _rarity(
             advance()
     levels = [np.exp(logarithms[met_parts == part].mean()) for part in present]
     harm, error = sums.T * [[1], [found.factors[unit][at]]]
-    if not (harm.any() and error.all()):
-        return Rarity(np.array(levels), np.ones_like(harm))
-    whole = harm.sum() / error.sum()
-    return Rarity(np.array(levels), whole * (harm / error / whole) ** RARITY_TRUST)
+    factors = np.divide(harm, error, out=np.ones_like(harm), where=error > 0)
+    return Rarity(np.array(levels), factors)
 
 
 def groups(watched: FloatModel) -> list[list[str]]:

@@ -17,12 +17,13 @@ from mxcompile.float_model import Feed, FloatModel, Segment, patches
 from mxcompile.formats import CACHE_FORMATS, FORMATS, CacheFormat
 from mxcompile.interpret import Interpreter
 from mxcompile.observe import Observer
-from mxcompile.probe import PERTURBATION, RARITY_TRUST
+from mxcompile.probe import PERTURBATION
 from mxcompile.progress import Progress
 from mxcompile.quantize import Importance, dequantize, quantize
 from mxcompile.samples import token_feeds
 from mxcompile.statistics import (
     AROUND,
+    BLIND_PRIOR,
     LEAST_AROUND,
     PRIOR,
     SHRINK,
@@ -412,7 +413,7 @@ def test_lookups_that_were_counted_tell_how_often_rows_will_be_read() -> None:
     """Frequencies from the prior, counted once; the estimate beats the counts and is unbiased."""
     rng = np.random.default_rng(0)
     rows, count = 1 << 14, 1 << 13
-    frequency = rng.gamma(PRIOR, 1 / PRIOR, rows) / rows
+    frequency = rng.gamma(BLIND_PRIOR, 1 / BLIND_PRIOR, rows) / rows
     counted = rng.poisson(count * frequency)
     found = expected((counted / count).astype(np.float32), count)
     for times in range(4):
@@ -467,17 +468,14 @@ def naming_model(rare: float) -> tuple[ir.Model, list[Feed]]:
 
 @pytest.mark.parametrize("rare", [1.0, 3.0])
 def test_rare_rows_count_as_much_more_as_measured(rare: float) -> None:
-    """An error in a row does harm in proportion to the square of what multiplies it.
-
-    Of what tells rare rows from common ones half is believed, which is the root.
-    """
+    """An error in a row does harm in proportion to the square of what multiplies it."""
     model, feeds = naming_model(rare)
     found = calibrate.collect(model, graph.uses(model), feeds, feeds[:2])
     (use,) = found.uses["table"]
     assert use.rarity is not None
     low, high = use.rarity.factors[0], use.rarity.factors[-1]
     # Rows of 32 columns, some hundred lookups of each kind: their errors vary by a tenth or so.
-    assert low / high == pytest.approx(rare ** (2 * RARITY_TRUST), rel=0.15)
+    assert low / high == pytest.approx(rare**2, rel=0.15)
     plain = replace(use, rarity=None)
     gain = use.weights / plain.weights
     assert np.median(gain[:COMMON]) == pytest.approx(high, rel=0.05)
