@@ -403,9 +403,10 @@ def _prepare(job: Job, where: target.Target, progress: Progress) -> tuple[ir.Mod
         graph.fix_shapes(model, dict(map(_parse_shape, job.shapes)))
         model = _run(job, passes.FRONT, model, Context(where))
         samples = Samples.find(model, job.model, job.calibration)
-        read = smooth_attention.observed(model)
-        powers = observe.powers(model, samples.probes, read) if read else None
-        model = _run(job, passes.SMOOTH, model, Context(where, powers=powers))
+    if read := smooth_attention.observed(model):
+        with progress.stage("smooth"):
+            powers = observe.powers(model, samples.probes, read)
+            model = _run(job, passes.SMOOTH, model, Context(where, powers=powers))
     return model, samples
 
 

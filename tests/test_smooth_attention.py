@@ -97,6 +97,14 @@ def smooth(model: ir.Model, powers: dict[str, np.ndarray] | None = None) -> ir.M
     return Pipeline.parse(passes.SMOOTH, passes.REGISTRY).run(model, ctx, [Verify()])
 
 
+def test_powers_are_means_over_the_positions_of_all_samples() -> None:
+    model = build(PLAIN)
+    feeds = [feed(), {**feed(), "x": 3 * feed()["x"]}]
+    (found,) = observe.powers(model, feeds, ["k"]).values()
+    rows = np.concatenate([f["x"][0].numpy() @ graph.weight(model, "wk").T for f in feeds])
+    np.testing.assert_allclose(found, np.square(rows, dtype=np.float64).mean(0), rtol=1e-4)
+
+
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_the_model_computes_the_same(body: str) -> None:
     model = build(body)
