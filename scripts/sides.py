@@ -47,11 +47,15 @@ class Side:
     def __init__(self, system: str, python: str, script: str, arguments: Sequence[str]) -> None:
         self.system = system
         self.found: list[dict[str, Any]] = []
+        # What a shell says of OpenMP is not for all: threads of llama.cpp that wait passively make
+        # half as many tokens.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
         self._process = subprocess.Popen(
             [python, script, SERVE, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=environment,
         )
         self._answer()
 
