@@ -78,10 +78,9 @@ def collect(
     progress = progress or Progress()
     watched = FloatModel(model, uses)
     observer = Observer(watched, gradients=sensitivity == GRADIENT)
-    passes = (
-        -(-PASSES // len(feeds)) if sensitivity == GRADIENT and not watched.scores_labels else 1
-    )
-    samples = list(feeds) * passes
+    samples = list(feeds)
+    if sensitivity == GRADIENT and not watched.scores_labels:
+        samples *= -(-PASSES // len(feeds))
     if draft is not None:
         draft.resume(observer)
     with progress.stage("calibrate", len(samples)) as advance:

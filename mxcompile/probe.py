@@ -1,6 +1,6 @@
 """Factors from forward runs alone, for when gradients cannot be had or are not believed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -13,7 +13,7 @@ from mxcompile.float_model import LOGITS, Feed, FloatModel, product, source, tok
 from mxcompile.formats import FORMATS
 from mxcompile.graph import Use
 from mxcompile.interpret import Values
-from mxcompile.progress import Progress
+from mxcompile.progress import Advance, Progress
 from mxcompile.quantize import Importance, dequantize, quantize
 from mxcompile.statistics import Array, Factors, Rarity, Statistics, UseStatistics
 
@@ -73,7 +73,7 @@ def measure_rarity(
     """The statistics with what errors in rare rows of token tables do, measured on some samples.
 
     A rare word says more than a common one, so that errors in its row do more than ``moment``,
-    their mean over all lookups, makes of them: 2.4 times as much for the rarest quarter of what
+    their mean over all lookups, makes of them: 2.3 times as much for the rarest fifth of what
     MiniLM reads. Gradients of single lookups are too few, and too unlike, to tell; so the lookups
     of a sample are perturbed by parts, the rarer tokens apart.
     """
@@ -101,7 +101,7 @@ def _rarity(
     unit: str,
     at: int,
     samples: Sequence[Feed],
-    advance: Callable[[], None],
+    advance: Advance,
 ) -> Rarity:
     """Of one use of a token table."""
     use, met = watched.uses[unit][at], found.uses[unit][at]

@@ -78,7 +78,7 @@ class SmoothAttention(Pass):
         changed = False
         for heads in find(model):
             asked, cached, weighed = (ctx.powers[name] for name in heads.names)
-            if not np.isfinite([*asked, *cached, *weighed]).all():
+            if not np.isfinite(np.concatenate([asked, cached, weighed])).all():
                 continue
             if heads.keys is not None:
                 _smooth_keys(model, heads, *heads.keys, asked, cached)

@@ -47,7 +47,12 @@ def parse(text: str, weights: Mapping[str, np.ndarray]) -> ir.Model:
     return found
 
 
-def arrange(pipeline: str, model: ir.Model, statistics: Statistics | None) -> ir.Model:
-    """What passes that may know statistics make of a model."""
-    ctx = Context(target.find("x86-avx512vnni"), statistics=statistics)
+def arrange(
+    pipeline: str,
+    model: ir.Model,
+    statistics: Statistics | None,
+    powers: Mapping[str, np.ndarray] | None = None,
+) -> ir.Model:
+    """What passes that may know statistics, or the powers of values, make of a model."""
+    ctx = Context(target.find("x86-avx512vnni"), statistics=statistics, powers=powers)
     return Pipeline.parse(pipeline, passes.REGISTRY).run(model, ctx, [Verify()])

@@ -5,13 +5,11 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from mxcompile import caches, graph, observe, passes, target
+from mxcompile import caches, graph, observe, passes
 from mxcompile.formats import CACHE_FORMATS
-from mxcompile.instruments import Verify
 from mxcompile.interpret import Interpreter
 from mxcompile.passes import smooth_attention
-from mxcompile.pipeline import Context, Pipeline
-from tests.blocks import parse
+from tests.blocks import arrange, parse
 
 WIDTH, HEADS, KV_HEADS, DIM, SEQ = 64, 4, 2, 32, 24
 SIZES = {
@@ -93,8 +91,7 @@ def feed() -> dict[str, torch.Tensor]:
 def smooth(model: ir.Model, powers: dict[str, np.ndarray] | None = None) -> ir.Model:
     if powers is None:
         powers = observe.powers(model, [feed()], smooth_attention.observed(model))
-    ctx = Context(target.find("x86-avx512vnni"), powers=powers)
-    return Pipeline.parse(passes.SMOOTH, passes.REGISTRY).run(model, ctx, [Verify()])
+    return arrange(passes.SMOOTH, model, None, powers)
 
 
 def test_powers_are_means_over_the_positions_of_all_samples() -> None:
@@ -210,22 +207,20 @@ def test_what_is_not_finite_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "keys", "values"),
+    ("body", "more", "keys", "values"),
     [
-        (build(PLAIN, outputs=f", float[1, {SEQ}, 64] k"), False, True),
-        (build(PLAIN, outputs=f", float[1, {SEQ}, 128] a"), True, False),
-        (build(PLAIN.replace("v = mxcompile.Linear(x, wv)", "v = Identity(k)")), False, False),
-        (build(PLAIN, project="r = Relu(a) y = mxcompile.Linear(r, wo)"), True, False),
-        (build(TURNED.replace("interleaved = 1", "").replace(
-            "k = RotaryEmbedding<num_heads", "k = RotaryEmbedding<interleaved = 1, num_heads")),
-         False, True),
-        (build(BIASED.replace("Add(k0, bk)", "Add(k0, bv)")), False, False),
+        (PLAIN, {"outputs": f", float[1, {SEQ}, 64] k"}, False, True),
+        (PLAIN, {"outputs": f", float[1, {SEQ}, 128] a"}, True, False),
+        (PLAIN.replace("v = mxcompile.Linear(x, wv)", "v = Identity(k)"), {}, False, False),
+        (PLAIN, {"project": "r = Relu(a) y = mxcompile.Linear(r, wo)"}, True, False),
+        (TURNED.replace("<num_heads = 2", "<interleaved = 1, num_heads = 2"), {}, False, True),
+        (BIASED.replace("Add(k0, bk)", "Add(k0, bv)"), {}, False, False),
     ],
     ids=["keys are read", "output is read", "one value", "not linear", "turned otherwise",
          "a shared bias"],
 )  # fmt: skip
-def test_what_others_read_stays(changed: ir.Model, keys: bool, values: bool) -> None:
-    (heads,) = smooth_attention.find(changed)
+def test_what_others_read_stays(body: str, more: dict[str, str], keys: bool, values: bool) -> None:
+    (heads,) = smooth_attention.find(build(body, **more))
     assert (heads.keys is not None, heads.values is not None) == (keys, values)
 
 
