@@ -9,6 +9,10 @@ together (tensor cores) is a step between phases too.
 
 The serial reading says nothing of races inside a phase (every index that a phase both writes and
 reads must belong to one thread), of memory limits, or of speed.
+
+Kernels of a stream overlap (programmatic dependent launch, of CUDA's programming guide) on GPUs
+that can: a grid starts while the one before it drains, and waits for it before it reads what
+kernels write. ``launch`` has it do what needs no such data first. ``overlap`` says so to TVM.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+import tvm
 from tvm.backend.cuda.op import cuda_func_call
 from tvm.ir import Expr
 from tvm.tirx import PrimFunc
@@ -39,6 +44,15 @@ __device__ __forceinline__ void mxcompile_mma(int* c, const int* a, const int* b
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 """
+
+
+_RELEASE: Final = "mxcompile_release"
+_WAIT: Final = "mxcompile_wait"
+
+_OVERLAPS: Final = 90
+"""From this compute capability on, ten times over, a GPU overlaps kernels."""
+
+_TAGS: Final = "tirx.kernel_launch_params"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +123,46 @@ class Block:
         self, values: Private, combine: Callable[[Expr, Expr], Expr], start: float
     ) -> Callable[[], Expr]:
         """Combine the threads' float32 values; the result is for every thread of later phases."""
-        wide, narrow = self.shared(self.threads), self.shared(self.threads // 8)
+        parts = self.shared(self.threads // WARP)
 
-        def fold(source: Any, first: Expr, count: int) -> Expr:
+        def fold() -> Expr:
             total = registers(1, "float32")
             store(total, T.float32(start), 0)
-            with T.unroll(0, count) as i:
-                store(total, combine(total[0], source[first + i]), 0)
+            with T.unroll(0, self.threads // WARP) as i:
+                store(total, combine(total[0], parts[i]), 0)
             return total[0]
 
-        def narrowed(t: Expr) -> None:
-            with when(t < self.threads // 8):
-                store(narrow, fold(wide, t * 8, 8), t)
+        def keep(t: Expr) -> None:
+            with when(t % WARP == 0):
+                store(parts, values.get(t), t // WARP)
 
-        self.phase(lambda t: store(wide, values.get(t), t))
-        self.phase(narrowed)
-        return lambda: fold(narrow, T.int32(0), self.threads // 8)
+        self.across(values, (16, 8, 4, 2, 1), combine)
+        self.phase(keep)
+        return fold
+
+    def across(
+        self, values: Private, lanes: Sequence[int], combine: Callable[[Expr, Expr], Expr]
+    ) -> None:
+        """Combine every value with those of the threads whose number differs in bits of ``lanes``.
+
+        These are distinct powers of two below ``WARP``; ``combine`` commutes, so that the threads
+        end up with the same. Every thread of a warp takes part.
+        """
+        for lane in lanes:
+            for index in range(values.count):
+                if self.thread is not None:
+                    mine = values.get(self.thread, index)
+                    other = T.call_extern(
+                        str(mine.ty.dtype), "__shfl_xor_sync", T.uint32(2**32 - 1), mine, lane
+                    )
+                    values.set(self.thread, combine(mine, hold(other)), index)
+                    continue
+                with T.serial(0, self.threads // 2) as pair:
+                    # Each pair once: the thread that has not the bit, and the one that has it.
+                    low = hold(pair // lane * (2 * lane) + pair % lane)
+                    both = hold(combine(values.get(low, index), values.get(low + lane, index)))
+                    values.set(low, both, index)
+                    values.set(low + lane, both, index)
 
     def dp4a(self, a: Expr, b: Expr, c: Expr) -> Expr:
         """``c`` plus the dot product of four signed bytes of each word."""
@@ -166,20 +204,59 @@ def build(emit: Callable[[], None]) -> PrimFunc:
 
 
 def launch(
-    grid: Sequence[int | Expr], threads: int, serial: bool, body: Callable[[Block], None]
+    grid: Sequence[int | Expr],
+    threads: int,
+    serial: bool,
+    body: Callable[[Block], None],
+    before: Callable[[Block], None] | None = None,
 ) -> None:
-    """Run ``body`` for every block of a grid of one to three dimensions."""
+    """Run ``body`` for every block of a grid of one to three dimensions.
+
+    What a block does ``before`` reads nothing that other kernels write, and writes no memory.
+    """
     with ExitStack() as stack:
         if serial:
             index = [stack.enter_context(T.serial(int64(0), int64(n))) for n in grid]
-            body(Block(tuple(index), threads, serial, None))
-            return
-        index = [
-            stack.enter_context(T.launch_thread(f"blockIdx.{axis}", int64(n)))
-            for axis, n in zip("xyz", grid, strict=False)
-        ]
-        thread = stack.enter_context(T.launch_thread("threadIdx.x", threads))
-        body(Block(tuple(index), threads, serial, thread))
+            block = Block(tuple(index), threads, serial, None)
+        else:
+            index = [
+                stack.enter_context(T.launch_thread(f"blockIdx.{axis}", int64(n)))
+                for axis, n in zip("xyz", grid, strict=False)
+            ]
+            thread = stack.enter_context(T.launch_thread("threadIdx.x", threads))
+            block = Block(tuple(index), threads, serial, thread)
+            _depend(_RELEASE, "launch_dependents")
+        if before is not None:
+            before(block)
+        if not serial:
+            _depend(_WAIT, "wait")
+        body(block)
+
+
+def _depend(name: str, instruction: str) -> None:
+    """Call an instruction that GPUs before Hopper do without."""
+    guarded = f"""
+__device__ __forceinline__ void {name}() {{
+#if __CUDA_ARCH__ >= {10 * _OVERLAPS}
+  asm volatile("griddepcontrol.{instruction};" ::: "memory");
+#endif
+}}
+"""
+    T.evaluate(cuda_func_call(name, source_code=guarded))
+
+
+@tvm.tirx.transform.prim_func_pass(opt_level=0)  # type: ignore[untyped-decorator]
+def overlap(function: PrimFunc, _mod: tvm.IRModule, _context: Any) -> PrimFunc:
+    """A pass over device code: a kernel that waits for the one before it starts while that runs.
+
+    Its parameters may not be declared free of aliases then. Compilers take what is read through
+    such a pointer, and never written, for constant, and read it before the wait.
+    """
+    arch = str(function.attrs["target"].attrs.get("arch", ""))
+    if int(arch.removeprefix("sm_") or 0) < _OVERLAPS or f'"{_WAIT}"' not in str(function.body):
+        return function
+    tags = [*function.attrs[_TAGS], "tirx.use_programtic_dependent_launch"]
+    return function.with_attr(_TAGS, tags).with_attr("tirx.noalias", False)
 
 
 def byte_perm(low: Expr, high: Expr, selector: Expr, serial: bool) -> Expr:

@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.s_tir import dlight
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
 
-from mxcompile.targets.cuda_block import PHASED
+from mxcompile.targets.cuda_block import PHASED, overlap
 
 _NAME: Final = "mxcompile-cuda"
 
@@ -67,4 +67,7 @@ def _factory() -> tuple[Any, Any, Any]:
         result.update(lower(tvm.IRModule(others)))
         return result
 
-    return both, finalize_host, finalize_device
+    def finalize() -> Any:
+        return tvm.transform.Sequential([finalize_device(), overlap])
+
+    return both, finalize_host, finalize
