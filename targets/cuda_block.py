@@ -12,7 +12,7 @@ reads must belong to one thread), of memory limits, or of speed.
 
 Kernels of a stream overlap (programmatic dependent launch, of CUDA's programming guide) on GPUs
 that can: a grid starts while the one before it drains, and waits for it before it reads what
-kernels write. ``launch`` has it do what needs no such data first. ``overlap`` says so to TVM.
+kernels write (``Block.wait``). ``overlap`` says so to TVM.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -106,6 +106,11 @@ class Block:
         body(self.thread)
         if barrier:
             T.evaluate(T.tvm_storage_sync("shared"))
+
+    def wait(self) -> None:
+        """From here on read what earlier kernels wrote, and write memory."""
+        if not self.serial:
+            _depend(_WAIT, "wait")
 
     def shared(self, *shape: int, dtype: str = "float32") -> Any:
         """Memory that all threads of the block see."""
@@ -208,28 +213,27 @@ def launch(
     threads: int,
     serial: bool,
     body: Callable[[Block], None],
-    before: Callable[[Block], None] | None = None,
+    *,
+    waits: bool = False,
 ) -> None:
     """Run ``body`` for every block of a grid of one to three dimensions.
 
-    What a block does ``before`` reads nothing that other kernels write, and writes no memory.
+    A body that ``waits`` calls ``Block.wait`` itself, once, after what needs no other kernel.
     """
     with ExitStack() as stack:
         if serial:
             index = [stack.enter_context(T.serial(int64(0), int64(n))) for n in grid]
-            block = Block(tuple(index), threads, serial, None)
-        else:
-            index = [
-                stack.enter_context(T.launch_thread(f"blockIdx.{axis}", int64(n)))
-                for axis, n in zip("xyz", grid, strict=False)
-            ]
-            thread = stack.enter_context(T.launch_thread("threadIdx.x", threads))
-            block = Block(tuple(index), threads, serial, thread)
-            _depend(_RELEASE, "launch_dependents")
-        if before is not None:
-            before(block)
-        if not serial:
-            _depend(_WAIT, "wait")
+            body(Block(tuple(index), threads, serial, None))
+            return
+        index = [
+            stack.enter_context(T.launch_thread(f"blockIdx.{axis}", int64(n)))
+            for axis, n in zip("xyz", grid, strict=False)
+        ]
+        thread = stack.enter_context(T.launch_thread("threadIdx.x", threads))
+        _depend(_RELEASE, "launch_dependents")
+        block = Block(tuple(index), threads, serial, thread)
+        if not waits:
+            block.wait()
         body(block)
 
 

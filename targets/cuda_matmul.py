@@ -2,10 +2,11 @@
 
 The functions, what they take and the packed layout are those of ``cpu_matmul``; here
 
-* one row of quantized activations is a GEMV on ``dp4a``: a block takes a tile of 16 rows, a thread
-  4 rows (16 bytes of each vector of codes) of every eighth group, so that a warp reads 8 groups
-  that lie in a row, and the warps of a block split K. Weights are read once, 16 bytes a load, and
-  unpacked in registers;
+* one row of quantized activations is a GEMV on ``dp4a``: a warp takes 8 groups that lie in a row of
+  a tile of 16 rows, a thread 4 rows (16 bytes of each vector of codes) of one of them. Warps of a
+  block share the columns of a tile, or have tiles of their own where there are many. Weights are
+  read once, 16 bytes a load, and unpacked in registers; the first of them are asked for before the
+  kernel that makes the activations has ended. Activations wait in shared memory;
 * more rows run on tensor cores: a group of 32 columns is the K of ``mma.m16n8k32`` on int8, a tile
   its 16 rows, and a word of the packed layout (a row's 4 columns) a register of its fragment. Codes
   go from memory to the tensor core through registers alone; activations wait in shared memory.
@@ -16,6 +17,8 @@ Sums are exact in int32 within a group. What the sums of groups are added up in 
 so results agree to float32 rounding, not bit by bit.
 """
 
+import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +32,7 @@ from tvm.tirx.script.builder import ir as T
 from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, ActivationFormat, Format
 from mxcompile.plan import ROW_TILE
 from mxcompile.targets.cpu_matmul import Gate
-from mxcompile.targets.cpu_norm import param, symbol
+from mxcompile.targets.cpu_norm import int64, param, symbol
 from mxcompile.targets.cuda_block import (
     WARP,
     Block,
@@ -44,6 +47,7 @@ from mxcompile.targets.cuda_block import (
     strided,
     when,
 )
+from mxcompile.targets.cuda_norm import deviation
 from mxcompile.targets.packing import BLOCK, QUADS, SIDE, VECTOR
 
 WORDS: Final = GROUP // 4 + 2
@@ -61,8 +65,17 @@ _STAGED: Final = BLOCK * WORDS + 4
 _AHEAD: Final = 2
 """Groups whose codes wait in registers where many activation rows use each; else a whole block."""
 
-_QUANTIZERS: Final = 128
-"""Threads of a block that quantizes activations, a group each."""
+_ROUNDERS: Final = 256
+"""Threads of a block that rounds activations, a quad of columns each."""
+
+_KEPT: Final = 256
+"""Groups of a row, over its digits, that wait in shared memory for a GEMV: 12 KiB."""
+
+_RECORD: Final = 12
+"""Words of a group there: 10, and 2 so that loads are of 16 bytes."""
+
+_WARPS: Final = 2048
+"""Warps that a GPU is given before each has a tile of its own: some 16 a multiprocessor."""
 
 _GATHERERS: Final = 128
 """Threads of a block that gathers a row, a quad of columns each."""
@@ -78,8 +91,9 @@ _TINY: Final = 2.0**-120
 class CudaMatmul:
     """The knobs of the kernels; methods make the functions.
 
-    ``splits`` warps of a block share the columns of one tile where activation rows are few,
-    ``tiles`` warps have a tile each and ``batches`` times 8 activation rows where they are many.
+    ``splits`` warps of a block share the columns of one tile where activation rows are few (in a
+    GEMV of a tall matrix, those of several), ``tiles`` warps have a tile each and ``batches`` times
+    8 activation rows where they are many.
     ``rows`` float activation rows share the unpacked codes. ``serial`` kernels are for a CPU.
     Tiles of other formats than ``formats`` are passed over.
     """
@@ -101,32 +115,98 @@ class CudaMatmul:
         def emit() -> None:
             m, k, q = map(symbol, "mkq")
             x, records = param("X", (m, k)), param("Q", (m, q), "int8")
-            codes = _lines(records, fmt.digits)
-            count = codes.shape[1]
-
-            def body(block: Block) -> None:
-                def quantize(t: Expr) -> None:
-                    index = hold(block.index[0] * _QUANTIZERS + t)
-                    with when(index < m * count):
-                        row, group = hold(index // count), hold(index % count)
-                        _quantize_group(x, fmt, codes, row, group)
-
-                block.phase(quantize)
-
-            launch([(m * count + _QUANTIZERS - 1) // _QUANTIZERS], _QUANTIZERS, self.serial, body)
+            self._round_apart(records, fmt, lambda row, _t, column: x[row, column], k)
 
         return build(emit)
 
-    def normalize_activation(self, eps: float, fmt: ActivationFormat) -> None:
-        """A norm and rounding are two kernels."""
+    def normalize_activation(self, eps: float, fmt: ActivationFormat) -> PrimFunc:
+        """Rounds ``X / sqrt(mean(X^2) + eps) * weight`` as ``quantize_activation`` does."""
+
+        def emit() -> None:
+            b, s, k, m, q = map(symbol, "bskmq")
+            x, weight = param("X", (b, s, k)), param("weight", (k,))
+            records = param("Q", (m, q), "int8")
+
+            def body(block: Block) -> None:
+                row = block.index[0]
+
+                def read(_t: Expr, column: Expr) -> Expr:
+                    return x[row // s, row % s, column]
+
+                factor = _rms_factor(block, read, k, eps)
+                normed = _scaled(read, factor, weight)
+                _round_row(block, normed, _lines(records, fmt.digits), fmt, row, k)
+
+            launch([b * s], _ROUNDERS, self.serial, body)
+
+        return build(emit)
 
     def residual_activation(
         self, eps: float, fmt: ActivationFormat, inner_eps: float | None
-    ) -> None:
-        """A sum, norms and rounding are kernels of their own."""
+    ) -> PrimFunc:
+        """``H = R + Y``, whose norm is rounded; ``Y`` is normalized first where it has an eps."""
 
-    def gate_activation(self, gate: Gate, fmt: ActivationFormat) -> None:
-        """A gate and rounding are two kernels."""
+        def emit() -> None:
+            b, s, k, m, q = map(symbol, "bskmq")
+            rest, added = param("R", (b, s, k)), param("Y", (b, s, k))
+            weight = param("weight", (k,))
+            inner = None if inner_eps is None else param("inner", (k,))
+            total, records = param("H", (b, s, k)), param("Q", (m, q), "int8")
+
+            def body(block: Block) -> None:
+                row = block.index[0]
+                at = row // s, row % s
+
+                def term(_t: Expr, column: Expr) -> Expr:
+                    return added[(*at, column)]
+
+                if inner is not None and inner_eps is not None:
+                    factor = _rms_factor(block, term, k, inner_eps)
+                    term = _scaled(term, factor, inner)  # type: ignore[assignment]
+
+                def add(t: Expr, column: Expr) -> Expr:
+                    value = hold(rest[(*at, column)] + term(t, column))
+                    store(total, value, *at, column)
+                    return value
+
+                factor = _rms_factor(block, add, k, eps)
+                # A thread comes back to the columns that it has added up.
+                normed = _scaled(lambda _t, column: total[(*at, column)], factor, weight)
+                _round_row(block, normed, _lines(records, fmt.digits), fmt, row, k)
+
+            launch([b * s], _ROUNDERS, self.serial, body)
+
+        return build(emit)
+
+    def gate_activation(self, gate: Gate, fmt: ActivationFormat) -> PrimFunc:
+        """Rounds ``act(G) * U``; G and U may be columns of one tensor, which is passed twice."""
+
+        def emit() -> None:
+            b, s, m, q = map(symbol, "bsmq")
+            opener, gated = param("G", (b, s, gate.gate.width)), param("U", (b, s, gate.up.width))
+            records = param("Q", (m, q), "int8")
+
+            def product(row: Expr, _t: Expr, column: Expr) -> Expr:
+                at = row // s, row % s
+                x = hold(opener[(*at, gate.gate.offset + column)])
+                return _ACTIVATIONS[gate.function](x) * gated[(*at, gate.up.offset + column)]
+
+            self._round_apart(records, fmt, product, int64(gate.size))
+
+        return build(emit)
+
+    def _round_apart(
+        self, records: Any, fmt: ActivationFormat, read: Callable[..., Expr], k: Expr
+    ) -> None:
+        """Round rows of k columns, ``read(row, thread, column)``; several blocks share a row."""
+        steps = (k + 4 * _ROUNDERS - 1) // (4 * _ROUNDERS)
+
+        def body(block: Block) -> None:
+            row, step = block.index
+            codes = _lines(records, fmt.digits)
+            _round_quads(block, partial(read, row), codes, fmt, row, k, step)
+
+        launch([records.shape[0], steps], _ROUNDERS, self.serial, body)
 
     def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
         """Y = Q @ W.T with exact integer sums inside a group, for each digit."""
@@ -139,14 +219,10 @@ class CudaMatmul:
             )
             y = param("Y", (m, n))
             codes, weight = _lines(records, fmt.digits), open_weight()
-            lines, count = codes.shape[:2]
-
-            def dots(*arguments: Any) -> None:
-                _quantized_dots(codes, fmt.digits, *arguments)
-
+            lines = codes.shape[0]
             with T.If(m == 1):
                 with T.Then():
-                    self._gemv(weight, y, 1, m, count, dots)
+                    self._gemv(weight, codes, y, fmt.digits)
                 with T.Else(), T.If(lines <= COLUMNS):
                     with T.Then():
                         self._mma(weight, codes, y, fmt.digits, tiles=1, batches=1)
@@ -163,16 +239,11 @@ class CudaMatmul:
             x, open_weight = param("X", (m, k)), _Weight.declare(self.serial, self.formats)
             y = param("Y", (m, n))
             weight = open_weight()
-            count = (k + GROUP - 1) // GROUP
-
-            def dots(*arguments: Any) -> None:
-                _f32_dots(x, *arguments)
-
             with T.If(m == 1):
                 with T.Then():
-                    self._gemv(weight, y, 1, m, count, dots)
+                    self._dot_rows(weight, x, y, 1)
                 with T.Else():
-                    self._gemv(weight, y, self.rows, m, count, dots)
+                    self._dot_rows(weight, x, y, self.rows)
 
         return build(emit)
 
@@ -205,16 +276,120 @@ class CudaMatmul:
 
         return build(emit)
 
-    def _gemv(
-        self, weight: "_Weight", y: Any, rows: int, m: Expr, count: Expr, dots: "_Dots"
-    ) -> None:
-        """A block for a tile and ``rows`` activation rows; its warps take 8 groups in turn."""
-        threads, n = self.splits * WARP, y.shape[1]
+    def _gemv(self, weight: "_Weight", q: Any, y: Any, digits: int) -> None:
+        """One activation row, whose digits are the lines of ``q``.
+
+        Its groups wait in shared memory, some blocks of 8 at a time. Warps that share a tile take
+        these in turn; a thread asks for its part of the next block once it has multiplied this one.
+        """
+        count, n, warps = q.shape[1], y.shape[1], self.splits
+        blocks, kept = (count + BLOCK - 1) // BLOCK, _KEPT // digits // BLOCK
+        splits = T.int64(1)
+        for half in (1 << i for i in range(warps.bit_length() - 1)):
+            few = T.And(weight.tiles * half < _WARPS, blocks > half)
+            splits = T.Select(few, T.int64(2 * half), splits)
+        tiles = warps // splits
+
+        def body(block: Block) -> None:
+            staged = block.shared(digits * kept * BLOCK, _RECORD, dtype="int32")
+            parts = block.shared(warps, ROW_TILE)
+            entry = _Kept(block, weight)
+            fetched = _Fetched(block, weight)
+            scale, sums = block.private(1), block.private(ROWS)
+
+            def tile_of(t: Expr) -> Expr:
+                return T.min(block.index[0] * tiles + t // WARP // splits, weight.tiles - 1)
+
+            def fetch(t: Expr, step: Expr) -> None:
+                index = hold(step * splits + t // WARP % splits)
+                fetched.group.set(t, T.int64(-1))
+                with when(index < blocks):
+                    for tile in entry.formats(t, tile_of(t), count):
+                        run = tile.run(index)
+                        lane_group = hold(t % WARP // 4)
+                        with when(lane_group < run.length):
+                            fetched.fetch(t, run.group(lane_group))
+
+            def prefetch(t: Expr) -> None:
+                tile = hold(block.index[0] * tiles + t // ROW_TILE)
+                with when(T.And(t < tiles * ROW_TILE, tile < weight.tiles)):
+                    scale.set(t, weight.row_scale(tile, count, hold(int64(t % ROW_TILE))))
+                entry.read(t, tile_of(t))
+                sums.fill(t, T.float32(0))
+                fetch(t, T.int64(0))
+
+            def stage(first: Expr) -> Callable[[Expr], None]:
+                def copy(t: Expr) -> None:
+                    groups = hold(T.min(count - first, int64(kept * BLOCK)))
+
+                    def pair(i: Expr) -> None:
+                        line, group = hold(i // (WORDS // 2) // groups), i // (WORDS // 2) % groups
+                        at = hold(i % (WORDS // 2) * 2)
+                        words = load(q, line, first + group, at, lanes=2)
+                        store(staged, words, line * (kept * BLOCK) + group, at)
+
+                    strided(t, warps * WARP, digits * groups * (WORDS // 2), pair)
+
+                return copy
+
+            def multiply(first: Expr) -> Callable[[Expr], None]:
+                def body(t: Expr) -> None:
+                    with when(fetched.group.get(t) >= 0):
+                        place = hold(fetched.group.get(t) - first)
+                        records = [registers(_RECORD, "int32") for _ in range(digits)]
+                        for line, record in enumerate(records):
+                            for at, lanes in ((0, 4), (4, 4), (8, 2)):
+                                row = line * (kept * BLOCK) + place
+                                store(record, load(staged, row, at, lanes=lanes), at)
+                        for tile in entry.formats(t, tile_of(t), count):
+                            _dots(block, t, tile, fetched, records, sums)
+
+                return body
+
+            def keep(t: Expr) -> None:
+                with when(t % WARP < 4):
+                    for i in range(ROWS):
+                        store(parts, sums.get(t, i), t // WARP, t % WARP * ROWS + i)
+
+            def write(t: Expr) -> None:
+                at = hold(block.index[0] * tiles * ROW_TILE + t)
+                with when(T.And(t < tiles * ROW_TILE, at < n)):
+                    total = registers(1, "float32")
+                    store(total, T.float32(0), 0)
+                    with T.serial(T.int64(0), splits) as i:
+                        part = parts[t // ROW_TILE * splits + i, t % ROW_TILE]
+                        store(total, total[0] + part, 0)
+                    store(y, total[0] * scale.get(t), 0, at)
+
+            block.phase(prefetch, barrier=False)
+            block.wait()
+            rest = count % BLOCK
+            missing = T.Select(rest == 0, T.int64(0), BLOCK - rest)
+            with T.serial(T.int64(0), (blocks + kept - 1) // kept) as turn:
+                # Blocks are counted from the first that has groups.
+                first = hold(T.max(turn * (kept * BLOCK) - missing, T.int64(0)))
+                block.phase(stage(first))
+                steps = (T.min(blocks - turn * kept, int64(kept)) + splits - 1) // splits
+                with T.serial(T.int64(0), steps) as step:
+                    following = hold(turn * (kept // splits) + step + 1)
+                    block.phase(multiply(first), barrier=False)
+                    block.phase(lambda t: fetch(t, following), barrier=False)
+                block.phase(lambda t: None)  # the next turn overwrites what is staged
+            block.across(sums, _SAME_ROWS, operator.add)
+            block.phase(keep)
+            block.phase(write)
+
+        launch([(weight.tiles + tiles - 1) // tiles], warps * WARP, self.serial, body, waits=True)
+
+    def _dot_rows(self, weight: "_Weight", x: Any, y: Any, rows: int) -> None:
+        """A block for a tile and ``rows`` rows of floats; its warps take 8 groups in turn."""
+        m, n, k = x.shape[0], y.shape[1], x.shape[1]
+        threads, count = self.splits * WARP, (k + GROUP - 1) // GROUP
 
         def body(block: Block) -> None:
             tile_index = block.index[0]
             first = block.index[1] * rows
-            sums = block.private(rows * ROWS)
+            sums, parts = block.private(rows * ROWS), block.shared(self.splits, rows * ROW_TILE)
 
             def accumulate(t: Expr) -> None:
                 sums.fill(t, T.float32(0))
@@ -224,15 +399,32 @@ class CudaMatmul:
                         group = run.group(lane_group)
                         # Rows past the end repeat the last one; they are not stored.
                         places = [hold(T.min(first + r, m - 1)) for r in range(rows)]
-                        dots(block, group, part, places, lambda i, v: sums.add(t, v, i))
+                        _f32_dots(x, group, part, places, lambda i, v: sums.add(t, v, i))
 
-            def write(t: Expr, row: Expr, r: Expr, value: Expr) -> None:
-                at = hold(tile_index * ROW_TILE + row)
-                with when(T.And(at < n, first + r < m)):
-                    store(y, value * weight.row_scale(tile_index, count, row), first + r, at)
+            def keep(t: Expr) -> None:
+                with when(t % WARP < 4):
+                    for i in range(sums.count):
+                        at = i // ROWS * ROW_TILE + t % WARP * ROWS + i % ROWS
+                        store(parts, sums.get(t, i), t // WARP, at)
+
+            def write(t: Expr) -> None:
+                def one(place: Expr) -> None:
+                    total = registers(1, "float32")
+                    store(total, T.float32(0), 0)
+                    with T.unroll(0, self.splits) as i:
+                        store(total, total[0] + parts[i, place], 0)
+                    row, r = hold(place % ROW_TILE), hold(place // ROW_TILE)
+                    at = hold(tile_index * ROW_TILE + row)
+                    with when(T.And(at < n, first + r < m)):
+                        value = total[0] * weight.row_scale(tile_index, count, row)
+                        store(y, value, first + r, at)
+
+                strided(t, threads, T.int64(rows * ROW_TILE), one)
 
             block.phase(accumulate)
-            _reduce_rows(block, sums, rows, write)
+            block.across(sums, _SAME_ROWS, operator.add)
+            block.phase(keep)
+            block.phase(write)
 
         launch([weight.tiles, (m + rows - 1) // rows], threads, self.serial, body)
 
@@ -403,52 +595,96 @@ class CudaMatmul:
         block.phase(join)
 
 
-_Add = Callable[[int, Expr], None]
-"""Adds to a thread's sum of a number."""
-
-_Dots = Callable[[Block, "_Group", Expr, list[Expr], _Add], None]
-"""Adds a group's product with some activation rows (places) to the sums of a thread that has a part
-of the tile's rows: ``r * ROWS + i`` is activation row ``r`` and the part's row ``i``."""
+_SAME_ROWS: Final = (4, 8, 16)
+"""Bits of a thread's number that tell groups apart in a GEMV; the others tell rows."""
 
 
-def _quantized_dots(
-    q: Any,
-    digits: int,
-    block: Block,
-    group: "_Group",
-    part: Expr,
-    places: list[Expr],
-    add: _Add,
+class _Kept:
+    """What each thread knows of its tile, so that the table is read once."""
+
+    def __init__(self, block: Block, weight: "_Weight") -> None:
+        self._weight = weight
+        self._place = block.private(2, "int32")
+        coded = any(fmt.codebook for fmt in weight.known)
+        self._entries = block.private(4, "uint32") if coded else None
+
+    def read(self, t: Expr, index: Expr) -> None:
+        """Look a tile up."""
+        index = hold(index)
+        for i in range(2):
+            self._place.set(t, self._weight.table[index, i], i)
+        if self._entries is not None:
+            for fmt in self._weight.known:
+                if fmt.codebook:
+                    with when(self._place.get(t) == fmt.layout):
+                        for i, word in enumerate(self._weight.entries(index)):
+                            self._entries.set(t, word, i)
+
+    def formats(self, t: Expr, index: Expr, count: Expr) -> "Iterator[_Tile]":
+        """The tile once for every layout, each time inside its branch."""
+
+        def entries() -> tuple[Expr, ...]:
+            assert self._entries is not None
+            return tuple(self._entries.get(t, i) for i in range(4))
+
+        base = T.cast(self._place.get(t, 1), "int64")
+        return self._weight.by_layout(self._place.get(t), base, entries, index, count)
+
+
+class _Fetched:
+    """A thread's part of a group, on its way from memory: codes, sides, and the group's number.
+
+    The number is below 0 where a thread has none.
+    """
+
+    def __init__(self, block: Block, weight: "_Weight") -> None:
+        self.words = block.private(ROWS * max(fmt.bits for fmt in weight.known), "uint32")
+        self.sides = block.private(ROWS, "int32")
+        self.group = block.private(1, "int64")
+
+    def fetch(self, t: Expr, group: "_Group") -> None:
+        """Ask for a group."""
+        words, sides = group.part(t % 4)
+        for i in range(ROWS * group.fmt.bits):
+            self.words.set(t, words[i], i)
+        for i, side in enumerate(sides):
+            self.sides.set(t, side, i)
+        self.group.set(t, group.index)
+
+    def word(self, t: Expr, row: int, vector: int | Expr) -> Expr:
+        """A row's word of a vector."""
+        return self.words.get(t, vector * ROWS + row)
+
+
+def _dots(
+    block: Block, t: Expr, tile: "_Tile", fetched: _Fetched, records: list[Any], sums: Private
 ) -> None:
-    words, sides = group.part(part)
-    lines = [place * digits + digit for place in places for digit in range(digits)]
-    records = [registers(WORDS, "int32") for _ in lines]
-    for record, line in zip(records, lines, strict=True):
-        for at in range(0, WORDS, 2):  # records are 8-byte aligned
-            store(record, load(q, line, group.index, at, lanes=2), at)
-    scales = [hold(T.cast(side & 255, "float32")) for side in sides]
+    """Add a group's product with a row's digits (``records``) to the sums of a thread's 4 rows."""
+    sides = [fetched.sides.get(t, i) for i in range(ROWS)]
     dots = [[(side >> 8) * record[WORDS - 1] for side in sides] for record in records]
     for quad in range(QUADS):
         for i in range(ROWS):
-            codes = hold(group.quad(quad, partial(_row_of, words, i)))
+            codes = hold(tile.quad(quad, partial(fetched.word, t, i)))
             for by_row, record in zip(dots, records, strict=True):
                 by_row[i] = block.dp4a(codes, record[quad], by_row[i])
-    for line, (by_row, record) in enumerate(zip(dots, records, strict=True)):
+    for by_row, record in zip(dots, records, strict=True):
         scale = T.reinterpret("float32", record[WORDS - 2])
-        for i in range(ROWS):
-            add(line // digits * ROWS + i, T.cast(by_row[i], "float32") * scale * scales[i])
+        for i, side in enumerate(sides):
+            scales = T.cast(side & 255, "float32")
+            sums.add(t, T.cast(by_row[i], "float32") * scale * scales, i)
 
 
 def _f32_dots(
-    x: Any, _block: Block, group: "_Group", part: Expr, places: list[Expr], add: _Add
+    x: Any, group: "_Group", part: Expr, places: list[Expr], add: Callable[[int, Expr], None]
 ) -> None:
+    """Add a group's product with rows of x: ``r * ROWS + i`` is of place r and the part's row i."""
     words, sides = group.part(part)
     zeros = [hold(_zero(side >> 8)) for side in sides]
     dots = registers(len(places) * ROWS, "float32")
     for index in range(len(places) * ROWS):
         store(dots, T.float32(0), index)
     with T.unroll(0, QUADS) as quad:
-        codes = [hold(group.quad(quad, partial(_row_of, words, i))) for i in range(ROWS)]
+        codes = [hold(group.tile.quad(quad, partial(_row_of, words, i))) for i in range(ROWS)]
         for byte in range(4):
             column = hold(group.index * GROUP + quad * 4 + byte)
             inside = column < x.shape[1]
@@ -474,81 +710,116 @@ def _gather_quad(tile: "_Tile", y: Any, i: Expr, row: Expr, quad: Expr) -> None:
             store(y, value * scale * row_scale, i, quad * 4 + byte)
 
 
-def _quantize_group(x: Any, fmt: ActivationFormat, q: Any, row: Expr, group: Expr) -> None:
-    values, rest = registers(GROUP, "float32"), registers(GROUP, "int32")
-    peak = registers(1, "int32")
-    store(peak, T.int32(0), 0)
-    with T.unroll(0, GROUP) as i:
-        column = hold(group * GROUP + i)
-        value = T.if_then_else(column < x.shape[1], x[row, column], T.float32(0))
-        store(values, value, i)
-        # The bits of magnitudes order like integers, NaN on top: it ends in the scale.
-        store(peak, T.max(peak[0], T.reinterpret("int32", values[i]) & 0x7FFFFFFF), 0)
-    biggest = hold(T.reinterpret("float32", peak[0]))
-    small = biggest < T.float32(_TINY)
-    scale = hold(T.Select(small, T.float32(0), biggest / T.float32(fmt.top)))
-    # A division, as QuantizeLinear does it: times the inverse, exact halves round the other way.
-    divisor = hold(T.Select(small, T.float32(1), scale))
-    offset = T.reinterpret("int32", hold(T.float32(_ROUND)))
-    with T.unroll(0, GROUP) as i:
-        rounded = hold(values[i] / divisor + T.float32(_ROUND))
-        store(rest, T.reinterpret("int32", rounded) - offset, i)
-    for digit in reversed(range(fmt.digits)):
-        # A digit is what is left, over its weight; half of the weight rounds to nearest.
-        shift, half = 8 * digit, 1 << 8 * digit >> 1
-        line = row * fmt.digits + (fmt.digits - 1 - digit)
-        total, word = registers(1, "int32"), registers(1, "int32")
-        store(total, T.int32(0), 0)
-        with T.unroll(0, GROUP // 4) as quad:
-            store(word, T.int32(0), 0)
+_Read = Callable[[Expr, Expr], Expr]
+"""A column of a row, for a thread."""
+
+
+def _gelu_tanh(x: Expr) -> Expr:
+    inner = x * (T.float32(1) + T.float32(0.044715) * x * x) * T.float32(math.sqrt(2 / math.pi))
+    return T.float32(0.5) * x * (T.float32(1) + T.tanh(inner))
+
+
+def _silu(x: Expr) -> Expr:
+    return x / (T.float32(1) + T.exp(-x))
+
+
+_ACTIVATIONS: Final = {"gelu_tanh": _gelu_tanh, "silu": _silu}
+
+
+def _rms_factor(block: Block, read: _Read, k: Expr, eps: float) -> Private:
+    """What an RMS norm multiplies a row by; a thread reads the columns that it will round."""
+    squares, factor = block.private(1), block.private(1)
+
+    def accumulate(t: Expr) -> None:
+        squares.set(t, T.float32(0))
+
+        def quad(i: Expr) -> None:
             for byte in range(4):
-                at = quad * 4 + byte
-                value = hold(rest[at] + half >> shift)
-                store(rest, rest[at] - (value << shift), at)
-                store(total, total[0] + value, 0)
-                store(word, word[0] | (value & 255) << (8 * byte), 0)
-            store(q, word[0], line, group, quad)
-        weighted = hold(scale * T.float32(1 << shift))
-        store(q, T.reinterpret("int32", weighted), line, group, WORDS - 2)
-        store(q, total[0], line, group, WORDS - 1)
+                with when(i * 4 + byte < k):
+                    value = hold(read(t, i * 4 + byte))
+                    squares.add(t, value * value)
+
+        strided(t, _ROUNDERS, (k + 3) // 4, quad)
+
+    block.phase(accumulate)
+    total = block.reduce(squares, operator.add, 0.0)
+    block.phase(lambda t: factor.set(t, deviation(total(), k, eps)), barrier=False)
+    return factor
 
 
-def _reduce_rows(
-    block: Block, sums: Private, rows: int, write: Callable[[Expr, Expr, Expr, Expr], None]
+def _scaled(read: _Read, factor: Private, weight: Any) -> _Read:
+    """A normalized row."""
+    return lambda t, column: read(t, column) * factor.get(t) * weight[column]
+
+
+def _round_row(
+    block: Block, read: _Read, q: Any, fmt: ActivationFormat, row: Expr, k: Expr
 ) -> None:
-    """Add up what the threads of a GEMV have: ``write(thread, row of tile, place, sum)``."""
-    slots, width, shares = block.threads // 4, rows * ROW_TILE, 8
-    parts, folded = block.shared(slots, width), block.shared(shares, width)
+    """Round all columns of a row."""
+    with T.serial(T.int64(0), (q.shape[1] * QUADS + _ROUNDERS - 1) // _ROUNDERS) as step:
+        _round_quads(block, read, q, fmt, row, k, step)
 
-    def keep(t: Expr) -> None:
-        for i in range(sums.count):
-            at = i // ROWS * ROW_TILE + t % 4 * ROWS + i % ROWS
-            store(parts, sums.get(t, i), t // 4, at)
 
-    def add_up(source: Any, first: Expr, count: int, column: Expr) -> Expr:
-        total = registers(1, "float32")
-        store(total, T.float32(0), 0)
-        with T.unroll(0, count) as i:
-            store(total, total[0] + source[first + i, column], 0)
-        return total[0]
+def _round_quads(
+    block: Block, read: _Read, q: Any, fmt: ActivationFormat, row: Expr, k: Expr, step: Expr
+) -> None:
+    """Round the columns of a step, 4 a thread; the 8 threads of a group share its scale and sum."""
+    values, peak, scale = block.private(4), block.private(1, "int32"), block.private(1)
+    words, totals = block.private(fmt.digits, "int32"), block.private(fmt.digits, "int32")
 
-    def fold(t: Expr) -> None:
-        def one(item: Expr) -> None:
-            column, share = hold(item % width), hold(item // width)
-            per_share = slots // shares
-            store(folded, add_up(parts, share * per_share, per_share, column), share, column)
+    def look(t: Expr) -> None:
+        peak.set(t, T.int32(0))
+        for byte in range(4):
+            values.set(t, T.float32(0), byte)
+            column = hold((step * _ROUNDERS + t) * 4 + byte)
+            with when(column < k):
+                values.set(t, read(t, column), byte)
+            # The bits of magnitudes order like integers, NaN on top: it ends in the scale.
+            bits = T.reinterpret("int32", values.get(t, byte)) & 0x7FFFFFFF
+            peak.set(t, T.max(peak.get(t), bits))
 
-        strided(t, block.threads, T.int64(shares * width), one)
+    def round_all(t: Expr) -> None:
+        biggest = hold(T.reinterpret("float32", peak.get(t)))
+        small = biggest < T.float32(_TINY)
+        scale.set(t, T.Select(small, T.float32(0), biggest / T.float32(fmt.top)))
+        # A division, as QuantizeLinear does it: times the inverse, exact halves go the other way.
+        divisor = hold(T.Select(small, T.float32(1), scale.get(t)))
+        offset = T.reinterpret("int32", hold(T.float32(_ROUND)))
+        rest = registers(4, "int32")
+        for byte in range(4):
+            rounded = hold(values.get(t, byte) / divisor + T.float32(_ROUND))
+            store(rest, T.reinterpret("int32", rounded) - offset, byte)
+        for digit in reversed(range(fmt.digits)):
+            # A digit is what is left, over its weight; half of the weight rounds to nearest.
+            shift, half = 8 * digit, 1 << 8 * digit >> 1
+            words.set(t, T.int32(0), digit)
+            totals.set(t, T.int32(0), digit)
+            for byte in range(4):
+                value = hold(rest[byte] + half >> shift)
+                store(rest, rest[byte] - (value << shift), byte)
+                totals.add(t, value, digit)
+                words.set(t, words.get(t, digit) | (value & 255) << (8 * byte), digit)
 
-    def finish(t: Expr) -> None:
-        def one(column: Expr) -> None:
-            total = add_up(folded, T.int64(0), shares, column)
-            write(t, column % ROW_TILE, column // ROW_TILE, total)
+    def write(t: Expr) -> None:
+        quad = hold(step * _ROUNDERS + t)
+        with when(quad < q.shape[1] * QUADS):
+            for digit in range(fmt.digits):
+                at = row * fmt.digits + (fmt.digits - 1 - digit), quad // QUADS
+                store(q, words.get(t, digit), *at, quad % QUADS)
+                with when(quad % QUADS == 0):
+                    weighted = hold(scale.get(t) * T.float32(1 << 8 * digit))
+                    store(q, T.reinterpret("int32", weighted), *at, WORDS - 2)
+                    store(q, totals.get(t, digit), *at, WORDS - 1)
 
-        strided(t, block.threads, T.int64(width), one)
+    block.phase(look, barrier=False)
+    block.across(peak, _GROUP_LANES, T.max)
+    block.phase(round_all, barrier=False)
+    block.across(totals, _GROUP_LANES, operator.add)
+    block.phase(write, barrier=False)
 
-    for phase in (keep, fold, finish):
-        block.phase(phase)
+
+_GROUP_LANES: Final = (1, 2, 4)
+"""Bits of a thread's number that tell the quads of a group apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -581,12 +852,22 @@ class _Weight:
         """Tile ``t`` of ``count`` groups once for every layout, each time inside its branch."""
         layout = hold(self.table[t, 0])
         base = hold(T.cast(self.table[t, 1], "int64"))
+        return self.by_layout(layout, base, lambda: self.entries(t), t, count)
+
+    def by_layout(
+        self,
+        layout: Expr,
+        base: Expr,
+        entries: Callable[[], tuple[Expr, ...]],
+        t: Expr,
+        count: Expr,
+    ) -> Iterator["_Tile"]:
+        """The same for a tile that has been looked up in the table."""
         for fmt in self.known:
             with when(layout == fmt.layout):
-                entries = self._entries(t) if fmt.codebook else ()
-                yield _Tile(self, t, base, count, fmt, entries)
+                yield _Tile(self, t, base, count, fmt, entries() if fmt.codebook else ())
 
-    def _entries(self, t: Expr) -> tuple[Expr, ...]:
+    def entries(self, t: Expr) -> tuple[Expr, ...]:
         """The 16 entries that a tile's codes look up, as signed bytes."""
         at = hold(T.cast(self.table[t, 2], "int64") * (VECTOR // 4))
         return tuple(hold(self.words[at + i] ^ _u32(0x80808080)) for i in range(4))
@@ -651,6 +932,35 @@ class _Tile:
         run = self.run(hold(T.Select(index < rest, T.int64(0), later)))
         return run.group(hold(index - run.first))
 
+    def quad(self, quad: int | Expr, word: Callable[[int | Expr], Expr]) -> Expr:
+        """The codes of 4 columns of a row, as int32; ``word`` gives the row's word of a vector."""
+        shift = max(0, ZERO_BITS - self.fmt.value_bits)
+        codes, low = None, 0
+        for width in self.fmt.planes:
+            part = word(low + quad * width // 8)
+            if width < 8:
+                part = part >> _u32(quad % (8 // width) * width)
+                part = (part & _u32(0x01010101 * ((1 << width) - 1))) << _u32(low + shift)
+            codes = part if codes is None else codes | part
+            low += width
+        if self.fmt.codebook:
+            codes = self._look_up(hold(codes))
+        elif self.fmt.bits == 8:
+            codes = codes ^ _u32(0x80808080)
+        return T.reinterpret("int32", hold(codes))
+
+    def _look_up(self, codes: Expr) -> Expr:
+        """The entries of 4 codes: a byte permutation picks among 8, so two of them and a choice."""
+        entries, serial = self.entries, self.weight.serial
+        pairs = hold(codes | codes >> _u32(4))
+        selector = hold(pairs & _u32(0x77) | pairs >> _u32(8) & _u32(0x7700))
+        low = byte_perm(entries[0], entries[1], selector, serial)
+        if self.fmt.bits == 3:
+            return low
+        high = byte_perm(entries[2], entries[3], selector, serial)
+        second = hold((codes >> _u32(3) & _u32(0x01010101)) * _u32(255))
+        return low & ~second | high & second
+
 
 @dataclass(frozen=True, slots=True)
 class _Run:
@@ -687,35 +997,6 @@ class _Group:
     zeros: Expr
     codes: Expr
 
-    def quad(self, quad: int | Expr, word: Callable[[int | Expr], Expr]) -> Expr:
-        """The codes of 4 columns of a row, as int32; ``word`` gives the row's word of a vector."""
-        shift = max(0, ZERO_BITS - self.fmt.value_bits)
-        codes, low = None, 0
-        for width in self.fmt.planes:
-            part = word(low + quad * width // 8)
-            if width < 8:
-                part = part >> _u32(quad % (8 // width) * width)
-                part = (part & _u32(0x01010101 * ((1 << width) - 1))) << _u32(low + shift)
-            codes = part if codes is None else codes | part
-            low += width
-        if self.fmt.codebook:
-            codes = self._look_up(hold(codes))
-        elif self.fmt.bits == 8:
-            codes = codes ^ _u32(0x80808080)
-        return T.reinterpret("int32", hold(codes))
-
-    def _look_up(self, codes: Expr) -> Expr:
-        """The entries of 4 codes: a byte permutation picks among 8, so two of them and a choice."""
-        entries, serial = self.tile.entries, self.tile.weight.serial
-        pairs = hold(codes | codes >> _u32(4))
-        selector = hold(pairs & _u32(0x77) | pairs >> _u32(8) & _u32(0x7700))
-        low = byte_perm(entries[0], entries[1], selector, serial)
-        if self.fmt.bits == 3:
-            return low
-        high = byte_perm(entries[2], entries[3], selector, serial)
-        second = hold((codes >> _u32(3) & _u32(0x01010101)) * _u32(255))
-        return low & ~second | high & second
-
     @property
     def fmt(self) -> Format:
         """The format of the tile."""
@@ -728,7 +1009,9 @@ class _Group:
 
     def word(self, row: Expr, quad: Expr) -> Expr:
         """The codes of 4 columns of a row of the tile."""
-        return self.quad(quad, lambda vector: self.words[(self.codes + vector) * ROW_TILE + row])
+        return self.tile.quad(
+            quad, lambda vector: self.words[(self.codes + vector) * ROW_TILE + row]
+        )
 
     def side(self, row: Expr) -> Expr:
         """A row's scale in the low byte, and above it its offset, as int32."""

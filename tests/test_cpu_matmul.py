@@ -7,7 +7,7 @@ of the magnitudes of the terms, to first order.
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, get_args
 
 import numpy as np
@@ -36,6 +36,7 @@ from mxcompile.targets.cpu_matmul import (
     activation_bytes,
 )
 from mxcompile.targets.cpu_norm import Columns
+from mxcompile.targets.kernels import MatmulTemplates
 from tests import arm
 
 UNIT = 2.0**-24
@@ -64,21 +65,30 @@ class Library:
         return self.call(name, *inputs, np.full(shape, np.nan if dtype == "f4" else 85, dtype))
 
 
-@cache
-def build(instructions: Instructions) -> Library:
-    """All kernels for some instructions; cached because it takes seconds."""
-    kernel = MatmulKernel(instructions)
-    made = {"matmul_f32": kernel.matmul_f32(), "gather_rows": kernel.gather_rows()}
+def kernels(kernel: MatmulTemplates) -> dict[str, Callable[[], Any]]:
+    """What makes the functions that are tested, by name."""
+    make: dict[str, Callable[[], Any]] = {
+        "matmul_f32": kernel.matmul_f32,
+        "gather_rows": kernel.gather_rows,
+    }
     for fmt in ACTIVATION_FORMATS.values():
-        made[f"quantize_{fmt}"] = kernel.quantize_activation(fmt)
-        made[f"normalize_{fmt}"] = kernel.normalize_activation(EPSILON, fmt)
-        made[f"residual_{fmt}"] = kernel.residual_activation(EPSILON, fmt, None)
-        made[f"residual_normed_{fmt}"] = kernel.residual_activation(EPSILON, fmt, 2 * EPSILON)
-        made[f"matmul_{fmt}"] = kernel.matmul_quantized(fmt)
+        residual = partial(kernel.residual_activation, EPSILON, fmt)
+        make[f"quantize_{fmt}"] = partial(kernel.quantize_activation, fmt)
+        make[f"normalize_{fmt}"] = partial(kernel.normalize_activation, EPSILON, fmt)
+        make[f"residual_{fmt}"] = partial(residual, None)
+        make[f"residual_normed_{fmt}"] = partial(residual, 2 * EPSILON)
+        make[f"matmul_{fmt}"] = partial(kernel.matmul_quantized, fmt)
         for function, size in itertools.product(("gelu_tanh", "silu"), GATED):
             places = (Columns(2 * size + 5, 1), Columns(2 * size + 5, 4 + size))
             gate = Gate(function, size, *places)  # type: ignore[arg-type]
-            made[f"{function}_{size}_{fmt}"] = kernel.gate_activation(gate, fmt)
+            make[f"{function}_{size}_{fmt}"] = partial(kernel.gate_activation, gate, fmt)
+    return make
+
+
+@cache
+def build(instructions: Instructions) -> Library:
+    """All kernels for some instructions; cached because it takes seconds."""
+    made = {name: make() for name, make in kernels(MatmulKernel(instructions)).items()}
     functions = {name: made[name].with_attr("global_symbol", name) for name in made}
     if instructions in arm.CPUS:
         return Library(arm.machine(instructions).kernels(functions))
@@ -335,7 +345,7 @@ def test_quantize(library: Library, m: int, columns: int) -> None:
     assert np.abs(codes).max() == 127
 
 
-@pytest.mark.parametrize("columns", [1, 17, 70, 640])
+@pytest.mark.parametrize("columns", [1, 17, 70, 1300])
 @pytest.mark.parametrize("lead", [(1, 1), (1, 5), (3, 40)])
 @pytest.mark.parametrize("fmt", ACTIVATION_FORMATS.values(), ids=str)
 def test_a_norm_is_rounded(
@@ -408,7 +418,7 @@ def normalized(x: F32, eps: float) -> F64:
     return found
 
 
-@pytest.mark.parametrize("columns", [1, 70, 640])
+@pytest.mark.parametrize("columns", [1, 70, 1300])
 @pytest.mark.parametrize("lead", [(1, 1), (3, 40)])
 @pytest.mark.parametrize("fmt", ACTIVATION_FORMATS.values(), ids=str)
 @pytest.mark.parametrize("inner", [False, True])

@@ -14,25 +14,40 @@ import pytest
 from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, GROUP, ActivationFormat, groups
 from mxcompile.plan import ROW_TILE, TileFormats
 from tests.cuda import Reading, readings
-from tests.test_cpu_matmul import CHECKS, MIX, Library, Weight, activations, parts, quantized
+from tests.test_cpu_matmul import (
+    CHECKS,
+    MIX,
+    Library,
+    Weight,
+    activations,
+    kernels,
+    parts,
+    quantized,
+    test_a_gate_is_rounded,
+    test_a_norm_is_rounded,
+    test_a_sum_is_kept_and_its_norm_rounded,
+)
+
+__all__ = [
+    "test_a_gate_is_rounded",
+    "test_a_norm_is_rounded",
+    "test_a_sum_is_kept_and_its_norm_rounded",
+]
+"""Tests that are the same for all families, here with the fixture of this one."""
 
 
 @cache
 def built(reading: Reading, name: str) -> Any:
     """A kernel by its name in ``test_cpu_matmul``; on its own, as it takes seconds."""
-    kernel = reading.matmul
-    kind, _, fmt = name.partition("_")
-    if fmt in ACTIVATION_FORMATS:
-        make = kernel.quantize_activation if kind == "quantize" else kernel.matmul_quantized
-        return reading.build({name: make(ACTIVATION_FORMATS[fmt])})[name]
-    return reading.build({name: getattr(kernel, name)()})[name]
+    return reading.build({name: kernels(reading.matmul)[name]()})[name]
 
 
 def compiled(reading: Reading) -> Library:
-    def call(name: str, *arrays: Any) -> Any:
+    def call(name: str, *arrays: Any, outputs: int = 1) -> Any:
         tensors = [reading.tensor(x) for x in arrays]
         built(reading, name)(*tensors)
-        return tensors[-1].numpy()
+        found = [tensor.numpy() for tensor in tensors[-outputs:]]
+        return found if outputs > 1 else found[0]
 
     return Library(call)
 
@@ -59,6 +74,16 @@ def test_mixed_and_odd(library: Library, check: Callable[..., None], m: int, col
     check(library, Weight.random(rows, columns, TileFormats.parse(MIX)), activations(m, columns))
 
 
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+@pytest.mark.parametrize(("tiles", "columns"), [(2, 9000), (2100, 640)])
+def test_wide_and_tall(
+    library: Library, check: Callable[..., None], tiles: int, columns: int
+) -> None:
+    """More columns than wait at once, and tiles enough for each warp to have its own."""
+    weight = Weight.random(tiles * ROW_TILE, columns, TileFormats.parse(f"int3,int8*{tiles - 1}"))
+    check(library, weight, activations(1, columns))
+
+
 @pytest.mark.parametrize("columns", [1, 4, 70, 256, 640])
 def test_gather_rows(library: Library, columns: int) -> None:
     rows = 6 * ROW_TILE
@@ -77,7 +102,7 @@ def test_gather_stays_inside(library: Library) -> None:
 
 
 @pytest.mark.parametrize("fmt", ACTIVATION_FORMATS.values(), ids=str)
-@pytest.mark.parametrize("columns", [1, 17, 32, 70, 640])
+@pytest.mark.parametrize("columns", [1, 17, 32, 70, 1300])
 @pytest.mark.parametrize("m", [1, 100])
 def test_quantize(library: Library, columns: int, m: int, fmt: ActivationFormat) -> None:
     """Division, rounding half to even and digits, all exact."""
