@@ -184,6 +184,7 @@ class Session:
         self._caches: Any = None
         self._inputs = _Inputs(1, program.device)
         self._decode: _Decode | None = None
+        self._last = program.device.landing((1, 1, self.vocabulary), np.float32)
 
     def feed(
         self, tokens: ArrayLike, logits: Literal["last", "all"] = "last"
@@ -222,7 +223,8 @@ class Session:
             arguments = self._inputs.fill(ids, self.length, logits)
             result = self._program.call(*arguments, self._caches)
         self.length += ids.size
-        found = self._program.device.array(result)
+        into = self._last if logits == "last" else None
+        found = self._program.device.array(result, into)
         return cast(NDArray[np.float32], found[0])
 
     def _reserve(self, need: int) -> None:
