@@ -72,8 +72,8 @@ class Private:
         return self.buffer[self.at(thread, index)]
 
     def set(self, thread: Expr, value: Expr, index: int | Expr = 0) -> None:
-        """Replace a thread's value."""
-        T.buffer_store(self.buffer, value, [self.at(thread, index)])
+        """Replace a thread's value, or neighbours, as many as ``value`` has lanes."""
+        store(self.buffer, value, self.at(thread, index))
 
     def add(self, thread: Expr, value: Expr, index: int | Expr = 0) -> None:
         """Add to a thread's value."""
@@ -106,6 +106,10 @@ class Block:
         body(self.thread)
         if barrier:
             T.evaluate(T.tvm_storage_sync("shared"))
+
+    def unrolled(self, count: int) -> Any:
+        """A loop that a GPU unrolls, so that what it counts may number registers."""
+        return T.serial(0, count) if self.serial else T.unroll(0, count)
 
     def shared(self, *shape: int, dtype: str = "float32") -> Any:
         """Memory that all threads of the block see."""
@@ -149,17 +153,18 @@ class Block:
         end up with the same. Every thread of a warp takes part.
         """
         for lane in lanes:
-            for index in range(values.count):
-                if self.thread is not None:
+            if self.thread is not None:
+                for index in range(values.count):
                     mine = values.get(self.thread, index)
                     other = T.call_extern(
                         str(mine.ty.dtype), "__shfl_xor_sync", T.uint32(2**32 - 1), mine, lane
                     )
                     values.set(self.thread, combine(mine, hold(other)), index)
-                    continue
-                with T.serial(0, self.threads // 2) as pair:
-                    # Each pair once: the thread that has not the bit, and the one that has it.
-                    low = hold(pair // lane * (2 * lane) + pair % lane)
+                continue
+            # Each pair once: the thread that has not the bit, and the one that has it.
+            with T.serial(0, self.threads // 2) as pair:
+                low = hold(pair // lane * (2 * lane) + pair % lane)
+                with T.serial(0, values.count) as index:
                     both = hold(combine(values.get(low, index), values.get(low + lane, index)))
                     values.set(low, both, index)
                     values.set(low + lane, both, index)
