@@ -18,7 +18,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from mxcompile.formats import GROUP, LEAST_SCALE, CacheFormat
+from mxcompile.formats import GROUP, LEAST_SCALE, SCALE_DTYPE, CacheFormat
 from mxcompile.targets.cpu_attention import Attention, Caches, Mask, Rotation
 from mxcompile.targets.cpu_norm import LOWEST, Columns, int64, param, symbol
 from mxcompile.targets.cuda_block import (
@@ -803,29 +803,46 @@ class _Strips:
         half = GROUP // 2
         return at // half * GROUP + member // self._width * half + at % half
 
-    def read(self, place: tuple[Expr, ...], lane: Expr, put: Callable[[int, Expr], None]) -> None:
-        """Hand out a lane's columns of a row: the first of neighbours, and these."""
-        half, lanes = GROUP // 2, self._width
+    def room(self, block: Block, rows: int) -> list[Private]:
+        """Registers for what a lane loads of some rows."""
+        count = rows * self._strips
+        codes = block.private(count * self._width, self.format.dtype)
+        return [codes, block.private(count, SCALE_DTYPE)] if self.format.scaled else [codes]
+
+    def fetch(self, room: list[Private], row: int, t: Expr, place: tuple[Expr, ...]) -> None:
+        """Load a lane's part of a row, as it is cached."""
+        half, width = GROUP // 2, self._width
+        lane = hold(t % WARP)
         for strip in range(self._strips):
-            # A lane without a column reads the last once more.
-            at = (strip * WARP + lane) * lanes
-            at = hold(at if self._stored % (WARP * lanes) == 0 else T.min(at, self._stored - 1))
-            stored = load(self.parts[0], *place, at, lanes=lanes)
-            first = strip * self._each
+            # Not held: only of an expression TVM sees that it is a multiple, and loads a vector.
+            at = (strip * WARP + lane) * width
+            if self._stored % (WARP * width):
+                # A lane without a column reads the last once more.
+                at = hold(T.min(at, self._stored - 1))
+            number = row * self._strips + strip
+            room[0].set(t, load(self.parts[0], *place, at, lanes=width), number * width)
+            if self.format.scaled:
+                group = at // (half if self.format.bits == 4 else GROUP)
+                room[1].set(t, load(self.parts[1], *place, group), number)
+
+    def unpack(self, room: list[Private], rows: int, t: Expr, numbers: Private) -> None:
+        """Make numbers of what a lane loaded of some rows."""
+        width = self._width
+        floats, ints = _vector("float32", width), _vector("int32", width)
+        for strip in range(rows * self._strips):
+            stored, first = room[0].get(t, strip * width, lanes=width), strip * self._each
             if not self.format.scaled:
-                put(first, T.Cast(_vector("float32", lanes), stored))
+                numbers.set(t, T.Cast(floats, stored), first)
                 continue
-            group = at // (half if self.format.bits == 4 else GROUP)
-            scale = T.Cast("float32", load(self.parts[1], *place, group))
-            scale = hold(scale if lanes == 1 else T.Broadcast(scale, lanes))
+            scale = hold(_splat(T.Cast("float32", room[1].get(t, strip)), width))
             if self.format.bits == 8:
-                put(first, T.Cast(_vector("float32", lanes), stored) * scale)
+                numbers.set(t, T.Cast(floats, stored) * scale, first)
                 continue
             # A nibble goes to the top of 32 bits and back down with its sign.
-            word = hold(T.Cast(_vector("int32", lanes), stored))
-            for member, up in ((0, 28), (lanes, 24)):
-                code = T.shift_right(T.shift_left(word, _splat(up, lanes)), _splat(28, lanes))
-                put(first + member, T.Cast(_vector("float32", lanes), code) * scale)
+            word, down = hold(T.Cast(ints, stored)), _splat(T.int32(28), width)
+            for member, up in ((0, 28), (width, 24)):
+                code = T.shift_right(T.shift_left(word, _splat(T.int32(up), width)), down)
+                numbers.set(t, T.Cast(floats, code) * scale, first + member)
 
 
 class _Scan:
@@ -847,15 +864,12 @@ class _Scan:
         self._block, self._source, self._first, self._heads = block, source, first, heads
         self._key, self._value = key, value
         self._keys = 4 if heads * max(key.columns, value.columns) <= _HELD // 2 else 2
-        self._query, self._near_keys, self._near_values, self._out = (
-            block.private(count * strips.columns)
-            for count, strips in (
-                (heads, key),
-                (self._keys, key),
-                (self._keys, value),
-                (heads, value),
-            )
+        self._query, self._near_keys = (block.private(n * key.columns) for n in (heads, self._keys))
+        self._out, self._near_values = (
+            block.private(n * value.columns) for n in (heads, self._keys)
         )
+        self._next_keys = key.room(block, self._keys)
+        self._next_values = value.room(block, self._keys)
         self._scores = block.private(self._keys * heads)
         self._peak, self._total = block.private(heads), block.private(heads)
 
@@ -877,23 +891,34 @@ class _Scan:
             self._peak.fill(t, T.float32(LOWEST))
 
         block.phase(fill, barrier=False)
+        block.phase(lambda t: self._fetch(t, begin, end), barrier=False)
         with T.serial(int64(0), (end - begin + (step - 1)) // step) as index:
             start = hold(begin + index * step)
-            block.phase(lambda t: self._score(t, start, end), barrier=False)
+            block.phase(self._unpack, barrier=False)
+            # The next are on their way meanwhile. A compiler that sees the loads where they are
+            # needed saves registers and puts half of them off until the scores are there.
+            with when(start + step < end):
+                block.phase(lambda t: self._fetch(t, start + step, end), barrier=False)
+            block.phase(self._score, barrier=False)
             block.across(self._scores, _LANES, lambda x, y: x + y)
             block.phase(lambda t: self._mix(t, start, end), barrier=False)
 
-    def _score(self, t: Expr, start: Expr, end: Expr) -> None:
-        """Load keys and values, and add up a lane's part of the scores."""
-        block, width = self._block, self._key.columns
-        lane = hold(t % WARP)
+    def _fetch(self, t: Expr, start: Expr, end: Expr) -> None:
+        """Load a lane's part of keys and values."""
         for e in range(self._keys):
             # Past the end the last key is read once more.
             j = hold(T.min(self._at(t, start, e), end - 1))
             place = (self._source.b, self._source.h, j)
-            for strips, near in ((self._key, self._near_keys), (self._value, self._near_values)):
-                offset = e * strips.columns
-                strips.read(place, lane, lambda i, x, o=offset, n=near: n.set(t, x, o + i))
+            self._key.fetch(self._next_keys, e, t, place)
+            self._value.fetch(self._next_values, e, t, place)
+
+    def _unpack(self, t: Expr) -> None:
+        self._key.unpack(self._next_keys, self._keys, t, self._near_keys)
+        self._value.unpack(self._next_values, self._keys, t, self._near_values)
+
+    def _score(self, t: Expr) -> None:
+        """Add up a lane's part of the scores."""
+        block, width = self._block, self._key.columns
         with block.unrolled(self._keys) as e, block.unrolled(self._heads) as g:
             score = registers(1, "float32")
             store(score, T.float32(0), 0)
@@ -1025,6 +1050,6 @@ def _vector(dtype: str, lanes: int) -> str:
     return f"{dtype}x{lanes}" if lanes > 1 else dtype
 
 
-def _splat(value: int, lanes: int) -> Expr:
-    """The same int32 in all lanes."""
-    return T.Broadcast(T.int32(value), lanes) if lanes > 1 else T.int32(value)
+def _splat(value: Expr, lanes: int) -> Expr:
+    """The same in all lanes."""
+    return T.Broadcast(value, lanes) if lanes > 1 else value

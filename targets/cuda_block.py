@@ -67,9 +67,9 @@ class Private:
         """Where a thread's value lies in the buffer."""
         return thread * self.count + index if self.serial else int64(index)
 
-    def get(self, thread: Expr, index: int | Expr = 0) -> Expr:
-        """A thread's value."""
-        return self.buffer[self.at(thread, index)]
+    def get(self, thread: Expr, index: int | Expr = 0, lanes: int = 1) -> Expr:
+        """A thread's value, or neighbours."""
+        return load(self.buffer, self.at(thread, index), lanes=lanes)
 
     def set(self, thread: Expr, value: Expr, index: int | Expr = 0) -> None:
         """Replace a thread's value, or neighbours, as many as ``value`` has lanes."""
