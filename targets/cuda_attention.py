@@ -12,6 +12,7 @@ ordinary cores.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from tvm import tirx
@@ -1018,8 +1019,8 @@ class _Scan:
         block.phase(shrink, barrier=False)
         for first in range(0, heads, most):
             count = min(most, heads - first)
-            block.phase(lambda t, f=first, n=count: spill(t, f, n))
-            block.phase(lambda t, f=first, n=count: add(t, f, n))
+            block.phase(partial(spill, first=first, count=count))
+            block.phase(partial(add, first=first, count=count))
 
 
 def _columns(place: Columns | None, heads: int, dim: int) -> Columns:
