@@ -3,25 +3,29 @@
 What the kernels take is as in ``cpu_attention``. A block holds some rows, which are query heads of
 neighbouring positions that share a key head, and walks the keys in tiles through shared memory:
 scores, their online softmax, weighted values. A decode step has few rows, so there several blocks
-share the keys of a head, and a second kernel joins what they found (split-K attention, as in
-Flash-Decoding). Scores and sums are float32 on the ordinary cores.
+share the keys of a head, in a block its warps, each in registers, and a second kernel joins what
+the blocks found (split-K attention, as in Flash-Decoding). Scores and sums are float32 on the
+ordinary cores.
 
 ``past`` lies in the GPU's memory: grids are sized without it, and blocks that get no keys say so.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from mxcompile.formats import GROUP, LEAST_SCALE, CacheFormat
+from mxcompile.formats import GROUP, LEAST_SCALE, SCALE_DTYPE, CacheFormat
 from mxcompile.targets.cpu_attention import Attention, Caches, Mask, Rotation
 from mxcompile.targets.cpu_norm import LOWEST, Columns, int64, param, symbol
 from mxcompile.targets.cuda_block import (
+    WARP,
     Block,
+    Private,
     build,
     hold,
     launch,
@@ -40,15 +44,30 @@ _HELPERS: Final = 8
 _TILE: Final = 4096
 """Floats of a tile of keys, and of rows: 16 KiB of shared memory each."""
 
+_WARPS: Final = 8
+"""Warps of a block that share the keys of a decode step."""
+
+_LEAST: Final = 16
+"""Fewer keys than this are not worth a block of a decode step."""
+
+_HELD: Final = 64
+"""Numbers of queries, and as many of sums, that a thread of a decode step has in registers."""
+
+_JOINED: Final = 8192
+"""Floats by which the warps of a block add up what they found: 32 KiB of shared memory."""
+
+_LANES: Final = (16, 8, 4, 2, 1)
+"""What tells the threads of a warp apart."""
+
 
 @dataclass(frozen=True, slots=True)
 class CudaAttention:
     """Makes the kernels; ``serial`` ones are for a CPU.
 
-    In a decode step ``splits`` blocks share the keys of a head, if that leaves each a whole tile.
+    In a decode step ``splits`` blocks share the keys of a head, if that leaves enough to each.
     """
 
-    splits: int = 16
+    splits: int = 32
     serial: bool = False
 
     def append(self, a: Attention, caches: Caches) -> tirx.PrimFunc:
@@ -60,27 +79,88 @@ class CudaAttention:
             v = param("v", (batch, seq, _columns(a.v, a.kv_heads, a.dim).width))
             past = param("past", (1,), "int64")
             keys, values = caches.declare(a, batch, longest)
-            sides = ((k, a.k, caches.key, keys), (v, a.v, caches.value, values))
-            counts = [a.dim // GROUP if fmt.scaled else a.dim for _, _, fmt, _ in sides]
 
-            def one(b: Expr, i: Expr, h: Expr, c: Expr) -> None:
-                place = (b, h, past[0] + i)
-                for (new, at, fmt, parts), count in zip(sides, counts, strict=True):
-                    first = h * a.dim + _columns(at, a.kv_heads, a.dim).offset
-                    with when(c < count):
-                        if fmt.scaled:
-                            start = hold(first + c * GROUP)
-                            group = [hold(new[b, i, start + e]) for e in range(GROUP)]
-                            _encode(fmt, group, parts, place, c)
-                        else:
-                            store(parts[0], T.Cast(fmt.dtype, new[b, i, first + c]), *place, c)
+            def one(block: Block) -> None:
+                row, h = block.index
+                b, i = hold(row // seq), hold(row % seq)
+                key, value = (_Row.of(block, a.dim) for _ in range(2))
+                k_at = hold(h * a.dim + _columns(a.k, a.kv_heads, a.dim).offset)
+                v_at = hold(h * a.dim + _columns(a.v, a.kv_heads, a.dim).offset)
 
-            self._each((batch, seq, int64(a.kv_heads), int64(max(counts))), one)
+                def fetch(t: Expr) -> None:
+                    key.fetch(t, lambda c: k[b, i, k_at + c])
+                    value.fetch(t, lambda c: v[b, i, v_at + c])
+
+                block.phase(fetch, barrier=False)
+                place = (b, h, hold(past[0] + i))
+                key.write(caches.key, keys, place)
+                value.write(caches.value, values, place)
+
+            launch([batch * seq, a.kv_heads], _THREADS, self.serial, one)
 
         return build(body)
 
-    def rotate(self, a: Attention, caches: Caches, rotation: Rotation) -> None:
-        """Say that norms, rotary embedding and ``append`` are kernels of their own."""
+    def rotate(self, a: Attention, caches: Caches, rotation: Rotation) -> tirx.PrimFunc:
+        """Make ``(q, k, v, cos, sin, [q_weight, k_weight,] past, *keys, *values, y)``."""
+        half = (rotation.rotated or a.dim) // 2
+
+        def body() -> None:
+            batch, seq, longest = symbol("batch"), symbol("seq"), symbol("longest")
+            q = param("q", (batch, seq, _columns(a.q, a.heads, a.dim).width))
+            k = param("k", (batch, seq, _columns(a.k, a.kv_heads, a.dim).width))
+            v = param("v", (batch, seq, _columns(a.v, a.kv_heads, a.dim).width))
+            cos, sin = (param(name, (batch, seq, half)) for name in ("cos", "sin"))
+            weights: list[Any] = []
+            if rotation.eps is not None:
+                weights = [param(name, (a.dim,)) for name in ("q_weight", "k_weight")]
+            past = param("past", (1,), "int64")
+            keys, values = caches.declare(a, batch, longest)
+            y = param("y", (batch, seq, a.heads * a.dim))
+
+            def one(block: Block) -> None:
+                row, head = block.index
+                b, i = hold(row // seq), hold(row % seq)
+                is_query, h = head < a.heads, hold(head - a.heads)
+
+                def read(c: Expr) -> Expr:
+                    q_at = head * a.dim + _columns(a.q, a.heads, a.dim).offset + c
+                    k_at = h * a.dim + _columns(a.k, a.kv_heads, a.dim).offset + c
+                    return T.if_then_else(is_query, q[b, i, q_at], k[b, i, k_at])
+
+                def weight(c: Expr) -> Expr:
+                    return T.if_then_else(is_query, weights[0][c], weights[1][c])
+
+                def value(c: Expr) -> Expr:
+                    at = h * a.dim + _columns(a.v, a.kv_heads, a.dim).offset + c
+                    return T.if_then_else(is_query, T.float32(0), v[b, i, at])
+
+                turned, new = _Row.of(block, a.dim), _Row.of(block, a.dim)
+                turn = _Turn(turned, half, rotation.eps)
+
+                def fetch(t: Expr) -> None:
+                    turn.fetch(t, read, weight, lambda c: (cos[b, i, c], sin[b, i, c]))
+                    new.fetch(t, value)
+
+                block.phase(fetch, barrier=False)
+                turn.run()
+                with T.If(is_query):
+                    with T.Then():
+
+                        def put(t: Expr) -> None:
+                            def column(c: Expr, e: int) -> None:
+                                store(y, turned.numbers.get(t, e), b, i, head * a.dim + c)
+
+                            turned.each(t, column)
+
+                        block.phase(put, barrier=False)
+                    with T.Else():
+                        place = (b, h, hold(past[0] + i))
+                        turned.write(caches.key, keys, place)
+                        new.write(caches.value, values, place)
+
+            launch([batch * seq, a.heads + a.kv_heads], _THREADS, self.serial, one)
+
+        return build(body)
 
     def rotary(self, heads: int, dim: int, rotated: int, source: Columns | None) -> tirx.PrimFunc:
         """Make ``(x, cos, sin, y)``: turn the first ``rotated`` columns (0: all) of each head."""
@@ -135,7 +215,8 @@ class CudaAttention:
 
             with T.If(seq == 1):
                 with T.Then():
-                    self._decode(a, source, out, shares, batch)
+                    strips = _Strips(caches.key, keys, a.dim), _Strips(caches.value, values, a.dim)
+                    self._decode(a, source, *strips, out, shares, batch)
                 with T.Else():
                     self._prefill(a, source, out, batch, seq)
 
@@ -213,62 +294,248 @@ class CudaAttention:
             [batch * a.kv_heads, (seq * a.group + rows - 1) // rows], _THREADS, self.serial, body
         )
 
-    def _decode(self, a: Attention, source: "_Sources", out: Any, shares: Any, batch: Expr) -> None:
+    def _decode(
+        self,
+        a: Attention,
+        source: "_Sources",
+        key: "_Strips",
+        value: "_Strips",
+        out: Any,
+        shares: Any,
+        batch: Expr,
+    ) -> None:
         """One position: blocks share the keys, then the shares are joined."""
+        chunks = -(-a.group * max(key.columns, value.columns) // _HELD)
+        heads = -(-a.group // chunks)
 
         def place(pair: Expr, split: Expr, g: Expr, c: int | Expr) -> tuple[int | Expr, ...]:
             return pair // a.kv_heads, pair % a.kv_heads, split, g, c
 
         def attend(block: Block) -> None:
-            pair, split = block.index
+            pair, split, chunk = block.index
             part = source(hold(pair // a.kv_heads), hold(pair % a.kv_heads))
-            walk = _Walk(block, part, a.group, int64(0), int64(1))
+            scan = _Scan(block, part, key, value, hold(chunk * heads), heads)
             low, high = part.visible(int64(0), int64(0))
             share = (high - low + (self.splits - 1)) // self.splits
-            share = hold(T.max(share, int64(walk.keys)))
+            share = hold(T.max(share, int64(_LEAST)))
             first = hold(T.min(low + split * share, high))
-            walk.run(first, hold(T.min(first + share, high)))
+            scan.run(first, hold(T.min(first + share, high)))
 
-            def put(r: Expr, _row: Expr, c: Expr, value: Expr, total: Expr) -> None:
-                store(shares, value, *place(pair, split, r, c))
-                with when(c == 0):
-                    store(shares, walk.peak[r], *place(pair, split, r, a.dim))
-                    store(shares, total, *place(pair, split, r, a.dim + 1))
+            def put(g: Expr, c: int | Expr, number: Expr) -> None:
+                with when(g < a.group):
+                    store(shares, number, *place(pair, split, g, c))
 
-            walk.finish(put)
+            scan.finish(put)
 
         def join(block: Block) -> None:
             pair, g = block.index
+            peaks, totals = block.private(1), block.private(1)
+            weights = block.shared(self.splits)
 
             def share(s: Expr, c: int | Expr) -> Expr:
                 return load(shares, *place(pair, s, g, c))
 
-            def body(t: Expr) -> None:
-                top, total = registers(1, "float32"), registers(1, "float32")
-                store(top, T.float32(LOWEST), 0)
-                store(total, T.float32(0), 0)
-                with T.serial(0, self.splits) as s:
-                    store(top, T.max(top[0], share(s, a.dim)), 0)
-                with T.serial(0, self.splits) as s:
-                    weight = T.exp(share(s, a.dim) - top[0])
-                    store(total, total[0] + weight * share(s, a.dim + 1), 0)
+            def find(t: Expr) -> None:
+                peaks.set(t, T.float32(LOWEST))
 
+                def one(s: Expr) -> None:
+                    peaks.set(t, T.max(peaks.get(t), share(s, a.dim)))
+
+                strided(t % WARP, WARP, int64(self.splits), one)
+
+            def weigh(t: Expr) -> None:
+                totals.set(t, T.float32(0))
+
+                def one(s: Expr) -> None:
+                    weight = hold(T.exp(share(s, a.dim) - peaks.get(t)))
+                    totals.add(t, weight * share(s, a.dim + 1))
+                    with when(t < WARP):
+                        store(weights, weight, s)
+
+                strided(t % WARP, WARP, int64(self.splits), one)
+
+            def mix(t: Expr) -> None:
                 def column(c: Expr) -> None:
-                    value = registers(1, "float32")
-                    store(value, T.float32(0), 0)
-                    with T.serial(0, self.splits) as s:
-                        weight = T.exp(share(s, a.dim) - top[0])
-                        store(value, value[0] + weight * share(s, c), 0)
+                    number = registers(1, "float32")
+                    store(number, T.float32(0), 0)
+                    with block.unrolled(self.splits) as s:
+                        store(number, number[0] + weights[s] * share(s, c), 0)
                     b, h = pair // a.kv_heads, pair % a.kv_heads
-                    store(out, value[0] / total[0], b, int64(0), (h * a.group + g) * a.dim + c)
+                    at = (h * a.group + g) * a.dim + c
+                    store(out, number[0] / totals.get(t), b, int64(0), at)
 
                 strided(t, _THREADS, int64(a.dim), column)
 
-            block.phase(body)
+            # Every warp finds the same.
+            block.phase(find, barrier=False)
+            block.across(peaks, _LANES, T.max)
+            block.phase(weigh)
+            block.across(totals, _LANES, lambda x, y: x + y)
+            block.phase(mix)
 
         pairs = batch * a.kv_heads
-        launch([pairs, self.splits], _THREADS, self.serial, attend)
+        launch([pairs, self.splits, chunks], _WARPS * WARP, self.serial, attend)
         launch([pairs, a.group], _THREADS, self.serial, join)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A head's row of numbers; the threads of a block hold its columns in turn."""
+
+    block: Block
+    dim: int
+    numbers: Private
+
+    @classmethod
+    def of(cls, block: Block, dim: int) -> "_Row":
+        """Make room for one."""
+        return cls(block, dim, block.private(-(-dim // _THREADS)))
+
+    def each(self, t: Expr, body: Callable[[Expr, int], None]) -> None:
+        """Run ``body(column, which of the thread's)`` for the columns of a thread."""
+        for e in range(self.numbers.count):
+            c = hold(e * _THREADS + t)
+            with when(c < self.dim):
+                body(c, e)
+
+    def fetch(self, t: Expr, read: Callable[[Expr], Expr]) -> None:
+        """Load what a thread holds, by column."""
+        self.each(t, lambda c, e: self.numbers.set(t, read(c), e))
+
+    def write(self, fmt: CacheFormat, parts: list[Any], place: tuple[Expr, ...]) -> None:
+        """Write it to a cache, as ``mxcompile.caches.encode`` says."""
+        if fmt.scaled:
+            self._encode(fmt, parts, place)
+            return
+
+        def copy(t: Expr) -> None:
+            def column(c: Expr, e: int) -> None:
+                store(parts[0], T.Cast(fmt.dtype, self.numbers.get(t, e)), *place, c)
+
+            self.each(t, column)
+
+        self.block.phase(copy, barrier=False)
+
+    def _encode(self, fmt: CacheFormat, parts: list[Any], place: tuple[Expr, ...]) -> None:
+        """Write codes and scales; a warp holds a group."""
+        (numbers, scales), count, half = parts, self.numbers.count, GROUP // 2
+        bounds, codes = self.block.private(2 * count), self.block.private(count, "int32")
+
+        def bound(t: Expr) -> None:
+            bounds.fill(t, T.float32(0))
+
+            def column(_c: Expr, e: int) -> None:
+                bounds.set(t, self.numbers.get(t, e), e)
+                bounds.set(t, -self.numbers.get(t, e), count + e)
+
+            self.each(t, column)
+
+        def encode(t: Expr) -> None:
+            codes.fill(t, T.int32(0))
+
+            def column(c: Expr, e: int) -> None:
+                most, least = hold(bounds.get(t, e)), hold(-bounds.get(t, count + e))
+                peak = T.Select(most > -least, most, least)
+                scale = hold(T.Cast("float16", peak / T.float32(fmt.lowest)))
+                scale = hold(T.Select(scale == T.float16(0), T.float16(LEAST_SCALE), scale))
+                with when(c % GROUP == 0):
+                    store(scales, scale, *place, c // GROUP)
+                rounded = T.nearbyint(self.numbers.get(t, e) / T.Cast("float32", scale))
+                rounded = T.max(T.min(rounded, T.float32(-fmt.lowest - 1)), T.float32(fmt.lowest))
+                code = T.Cast("int32", rounded)
+                if fmt.bits == 4:
+                    up = T.Select(c % GROUP < half, T.int32(0), T.int32(4))
+                    code = T.shift_left(T.bitwise_and(code, 15), up)
+                codes.set(t, code, e)
+
+            self.each(t, column)
+
+        def put(t: Expr) -> None:
+            def column(c: Expr, e: int) -> None:
+                code = T.Cast(fmt.dtype, codes.get(t, e))
+                if fmt.bits == 8:
+                    store(numbers, code, *place, c)
+                    return
+                with when(c % GROUP < half):
+                    store(numbers, code, *place, c // GROUP * half + c % GROUP)
+
+            self.each(t, column)
+
+        self.block.phase(bound, barrier=False)
+        self.block.across(bounds, _LANES, T.max)
+        self.block.phase(encode, barrier=False)
+        if fmt.bits == 4:
+            self.block.across(codes, (half,), T.bitwise_or)
+        self.block.phase(put, barrier=False)
+
+
+class _Turn:
+    """A row's norm, if it has one, and rotary embedding.
+
+    A thread has the partners of its columns too, and all else that it will need, so that the loads
+    are under way together.
+    """
+
+    def __init__(self, row: _Row, half: int, eps: float | None) -> None:
+        block, count = row.block, row.numbers.count
+        self._row, self._half, self._eps = row, half, eps
+        self._partners, self._cos, self._sin = (block.private(count) for _ in range(3))
+        if eps is not None:
+            self._squares, self._gains = block.private(1), block.private(2 * count)
+
+    def fetch(
+        self,
+        t: Expr,
+        read: Callable[[Expr], Expr],
+        weight: Callable[[Expr], Expr],
+        angle: Callable[[Expr], tuple[Expr, Expr]],
+    ) -> None:
+        """Load a thread's part, by column; ``angle`` gives a cosine and a sine."""
+        row, half = self._row, self._half
+        if self._eps is not None:
+            self._squares.set(t, T.float32(0))
+
+        def column(c: Expr, e: int) -> None:
+            partner = hold(T.Select(c < half, c + half, c - half))
+            row.numbers.set(t, read(c), e)
+            self._partners.set(t, read(partner), e)
+            if self._eps is not None:
+                number = row.numbers.get(t, e)
+                self._squares.add(t, number * number)
+                self._gains.set(t, weight(c), e)
+                self._gains.set(t, weight(partner), row.numbers.count + e)
+            with when(c < 2 * half):
+                cos, sin = angle(hold(c % half))
+                self._cos.set(t, cos, e)
+                self._sin.set(t, sin, e)
+
+        row.each(t, column)
+
+    def run(self) -> None:
+        """Replace the row's numbers."""
+        row, half = self._row, self._half
+        if self._eps is not None:
+            total = row.block.reduce(self._squares, lambda x, y: x + y, 0.0)
+
+        def body(t: Expr) -> None:
+            if self._eps is not None:
+                mean = total() / T.float32(row.dim)
+                factor = hold(T.float32(1) / T.sqrt(mean + T.float32(self._eps)))
+
+            def column(c: Expr, e: int) -> None:
+                number, partner = row.numbers.get(t, e), self._partners.get(t, e)
+                if self._eps is not None:
+                    number = number * factor * self._gains.get(t, e)
+                    partner = partner * factor * self._gains.get(t, row.numbers.count + e)
+                row.numbers.set(t, number, e)
+                with when(c < 2 * half):
+                    sin = T.Select(c < half, -self._sin.get(t, e), self._sin.get(t, e))
+                    turned = row.numbers.get(t, e) * self._cos.get(t, e) + partner * sin
+                    row.numbers.set(t, turned, e)
+
+            row.each(t, column)
+
+        row.block.phase(body, barrier=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -491,36 +758,273 @@ class _Walk:
             store(self.peak, self._next[r], r)
 
 
+@dataclass(frozen=True, slots=True)
+class _Strips:
+    """How the lanes of a warp share the columns of a cached row: strips of neighbours in turn.
+
+    A lane loads a strip at once. Where two columns share a byte it has both: first the columns of
+    the low bits of a strip, then those of the high bits.
+    """
+
+    format: CacheFormat
+    parts: list[Any]
+    dim: int
+
+    @property
+    def _stored(self) -> int:
+        """Elements of a row."""
+        return self.format.parts(self.dim)[0][1]
+
+    @property
+    def _width(self) -> int:
+        """Elements of a strip."""
+        return next(n for n in (4, 2, 1) if n == 1 or self._stored % (WARP * n) == 0)
+
+    @property
+    def _strips(self) -> int:
+        """Strips of a lane."""
+        return -(-self._stored // (WARP * self._width))
+
+    @property
+    def _each(self) -> int:
+        """Columns of a strip."""
+        return self._width * (2 if self.format.bits == 4 else 1)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a lane."""
+        return self._strips * self._each
+
+    def column(self, lane: Expr, index: Expr) -> Expr:
+        """Which column one of a lane's is; none of the row if it is not below ``dim``."""
+        strip, member = index // self._each, index % self._each
+        at = (strip * WARP + lane) * self._width + member % self._width
+        if self.format.bits != 4:
+            return at
+        half = GROUP // 2
+        return at // half * GROUP + member // self._width * half + at % half
+
+    def room(self, block: Block, rows: int) -> list[Private]:
+        """Registers for what a lane loads of some rows."""
+        count = rows * self._strips
+        codes = block.private(count * self._width, self.format.dtype)
+        return [codes, block.private(count, SCALE_DTYPE)] if self.format.scaled else [codes]
+
+    def fetch(self, room: list[Private], row: int, t: Expr, place: tuple[Expr, ...]) -> None:
+        """Load a lane's part of a row, as it is cached."""
+        half, width = GROUP // 2, self._width
+        lane = hold(t % WARP)
+        for strip in range(self._strips):
+            # Not held: only of an expression TVM sees that it is a multiple, and loads a vector.
+            at = (strip * WARP + lane) * width
+            if self._stored % (WARP * width):
+                # A lane without a column reads the last once more.
+                at = hold(T.min(at, self._stored - 1))
+            number = row * self._strips + strip
+            room[0].set(t, load(self.parts[0], *place, at, lanes=width), number * width)
+            if self.format.scaled:
+                group = at // (half if self.format.bits == 4 else GROUP)
+                room[1].set(t, load(self.parts[1], *place, group), number)
+
+    def unpack(self, room: list[Private], rows: int, t: Expr, numbers: Private) -> None:
+        """Make numbers of what a lane loaded of some rows."""
+        width = self._width
+        floats, ints = _vector("float32", width), _vector("int32", width)
+        for strip in range(rows * self._strips):
+            stored, first = room[0].get(t, strip * width, lanes=width), strip * self._each
+            if not self.format.scaled:
+                numbers.set(t, T.Cast(floats, stored), first)
+                continue
+            scale = hold(_splat(T.Cast("float32", room[1].get(t, strip)), width))
+            if self.format.bits == 8:
+                numbers.set(t, T.Cast(floats, stored) * scale, first)
+                continue
+            # A nibble goes to the top of 32 bits and back down with its sign.
+            word, down = hold(T.Cast(ints, stored)), _splat(T.int32(28), width)
+            for member, up in ((0, 28), (width, 24)):
+                code = T.shift_right(T.shift_left(word, _splat(T.int32(up), width)), down)
+                numbers.set(t, T.Cast(floats, code) * scale, first + member)
+
+
+class _Scan:
+    """One position's query heads on their way along the keys, in registers.
+
+    A warp takes every eighth key, some of them at a time; its lanes share the columns. There are
+    ``heads`` of them from ``first`` of the group on; those past the end repeat the last.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        source: "_Source",
+        key: _Strips,
+        value: _Strips,
+        first: Expr,
+        heads: int,
+    ) -> None:
+        self._block, self._source, self._first, self._heads = block, source, first, heads
+        self._key, self._value = key, value
+        self._keys = 4 if heads * max(key.columns, value.columns) <= _HELD // 2 else 2
+        self._query, self._near_keys = (block.private(n * key.columns) for n in (heads, self._keys))
+        self._out, self._near_values = (
+            block.private(n * value.columns) for n in (heads, self._keys)
+        )
+        self._next_keys = key.room(block, self._keys)
+        self._next_values = value.room(block, self._keys)
+        self._scores = block.private(self._keys * heads)
+        self._peak, self._total = block.private(heads), block.private(heads)
+
+    def run(self, begin: Expr, end: Expr) -> None:
+        """Walk the keys from ``begin`` to before ``end``."""
+        block, a = self._block, self._source.attention
+        step = self._keys * _WARPS
+
+        def fill(t: Expr) -> None:
+            lane = hold(t % WARP)
+            with block.unrolled(self._heads) as g, block.unrolled(self._key.columns) as i:
+                member = hold(T.min(self._first + g, a.group - 1))
+                c = hold(self._key.column(lane, i))
+                element = self._source.query(int64(0), member, T.min(c, a.dim - 1))
+                element = T.Select(c < a.dim, element, T.float32(0))
+                self._query.set(t, element, g * self._key.columns + i)
+            self._out.fill(t, T.float32(0))
+            self._total.fill(t, T.float32(0))
+            self._peak.fill(t, T.float32(LOWEST))
+
+        block.phase(fill, barrier=False)
+        block.phase(lambda t: self._fetch(t, begin, end), barrier=False)
+        with T.serial(int64(0), (end - begin + (step - 1)) // step) as index:
+            start = hold(begin + index * step)
+            block.phase(self._unpack, barrier=False)
+            # The next are on their way meanwhile. A compiler that sees the loads where they are
+            # needed saves registers and puts half of them off until the scores are there.
+            with when(start + step < end):
+                block.phase(lambda t: self._fetch(t, start + step, end), barrier=False)
+            block.phase(self._score, barrier=False)
+            block.across(self._scores, _LANES, lambda x, y: x + y)
+            block.phase(lambda t: self._mix(t, start, end), barrier=False)
+
+    def _fetch(self, t: Expr, start: Expr, end: Expr) -> None:
+        """Load a lane's part of keys and values."""
+        for e in range(self._keys):
+            # Past the end the last key is read once more.
+            j = hold(T.min(self._at(t, start, e), end - 1))
+            place = (self._source.b, self._source.h, j)
+            self._key.fetch(self._next_keys, e, t, place)
+            self._value.fetch(self._next_values, e, t, place)
+
+    def _unpack(self, t: Expr) -> None:
+        self._key.unpack(self._next_keys, self._keys, t, self._near_keys)
+        self._value.unpack(self._next_values, self._keys, t, self._near_values)
+
+    def _score(self, t: Expr) -> None:
+        """Add up a lane's part of the scores."""
+        block, width = self._block, self._key.columns
+        with block.unrolled(self._keys) as e, block.unrolled(self._heads) as g:
+            score = registers(1, "float32")
+            store(score, T.float32(0), 0)
+            with block.unrolled(width) as i:
+                element = self._near_keys.get(t, e * width + i)
+                store(score, score[0] + self._query.get(t, g * width + i) * element, 0)
+            self._scores.set(t, score[0], e * self._heads + g)
+
+    def _at(self, t: Expr, start: Expr, e: int | Expr) -> Expr:
+        """The e-th key of a thread's warp."""
+        return start + e * _WARPS + t // WARP
+
+    def _mix(self, t: Expr, start: Expr, end: Expr) -> None:
+        """Turn scores into weights and add the weighted values to what the heads have."""
+        block, a, width = self._block, self._source.attention, self._value.columns
+        with block.unrolled(self._heads) as g:
+            top = registers(1, "float32")
+            store(top, self._peak.get(t, g), 0)
+            with block.unrolled(self._keys) as e:
+                score = self._scores.get(t, e * self._heads + g)
+                if a.softcap:
+                    score = T.tanh(score * T.float32(1 / a.softcap)) * T.float32(a.softcap)
+                score = T.Select(self._at(t, start, e) < end, score, T.float32(LOWEST))
+                self._scores.set(t, score, e * self._heads + g)
+                store(top, T.max(top[0], self._scores.get(t, e * self._heads + g)), 0)
+            decay = hold(T.exp(self._peak.get(t, g) - top[0]))
+            self._peak.set(t, top[0], g)
+            self._total.set(t, self._total.get(t, g) * decay, g)
+            with block.unrolled(self._keys) as e:
+                weight = hold(T.exp(self._scores.get(t, e * self._heads + g) - top[0]))
+                self._scores.set(t, weight, e * self._heads + g)
+                self._total.add(t, weight, g)
+            with block.unrolled(width) as i:
+                total = registers(1, "float32")
+                store(total, self._out.get(t, g * width + i) * decay, 0)
+                with block.unrolled(self._keys) as e:
+                    weight = self._scores.get(t, e * self._heads + g)
+                    store(total, total[0] + weight * self._near_values.get(t, e * width + i), 0)
+                self._out.set(t, total[0], g * width + i)
+
+    def finish(self, put: Callable[[Expr, int | Expr, Expr], None]) -> None:
+        """Hand out ``(member of the group, column, number)``.
+
+        These are a sum of weighted values by column, then the highest score and the sum of weights.
+        """
+        block, heads, dim = self._block, self._heads, self._source.attention.dim
+        width = self._value.columns
+        peaks, totals = block.shared(_WARPS, heads), block.shared(_WARPS, heads)
+        most = max(1, min(heads, _JOINED // (_WARPS * dim)))
+        sums = block.shared(_WARPS, most, dim)
+
+        def keep(t: Expr) -> None:
+            with when(t % WARP == 0), block.unrolled(heads) as g:
+                store(peaks, self._peak.get(t, g), t // WARP, g)
+                store(totals, self._total.get(t, g), t // WARP, g)
+
+        def shrink(t: Expr) -> None:
+            """Make the sums those of weights that count from the highest score of all."""
+            with block.unrolled(heads) as g:
+                factor = hold(T.exp(self._peak.get(t, g) - highest(g)))
+                with block.unrolled(width) as i:
+                    self._out.set(t, self._out.get(t, g * width + i) * factor, g * width + i)
+            with when(t < heads):
+                top, total = highest(t), registers(1, "float32")
+                store(total, T.float32(0), 0)
+                with T.serial(0, _WARPS) as w:
+                    store(total, total[0] + totals[w, t] * T.exp(peaks[w, t] - top), 0)
+                put(self._first + t, dim, top)
+                put(self._first + t, dim + 1, total[0])
+
+        def highest(g: Expr) -> Expr:
+            top = registers(1, "float32")
+            store(top, T.float32(LOWEST), 0)
+            with T.serial(0, _WARPS) as w:
+                store(top, T.max(top[0], peaks[w, g]), 0)
+            return top[0]
+
+        def spill(t: Expr, first: int, count: int) -> None:
+            lane = hold(t % WARP)
+            with block.unrolled(count) as g, block.unrolled(width) as i:
+                c = hold(self._value.column(lane, i))
+                with when(c < dim):
+                    store(sums, self._out.get(t, (first + g) * width + i), t // WARP, g, c)
+
+        def add(t: Expr, first: int, count: int) -> None:
+            def one(item: Expr) -> None:
+                g, c = hold(item // dim), hold(item % dim)
+                total = registers(1, "float32")
+                store(total, T.float32(0), 0)
+                with T.unroll(0, _WARPS) as w:
+                    store(total, total[0] + sums[w, g, c], 0)
+                put(self._first + first + g, c, total[0])
+
+            strided(t, block.threads, int64(count * dim), one)
+
+        block.phase(keep)
+        block.phase(shrink, barrier=False)
+        for first in range(0, heads, most):
+            count = min(most, heads - first)
+            block.phase(partial(spill, first=first, count=count))
+            block.phase(partial(add, first=first, count=count))
+
+
 def _columns(place: Columns | None, heads: int, dim: int) -> Columns:
     return place or Columns(heads * dim)
-
-
-def _encode(
-    fmt: CacheFormat, group: list[Expr], parts: list[Any], place: tuple[Expr, ...], at: Expr
-) -> None:
-    """Write the numbers of a group to a quantized cache, as ``mxcompile.caches.encode`` says."""
-    codes, scales = parts
-    most, least = group[0], group[0]
-    for number in group[1:]:
-        most, least = hold(T.max(most, number)), hold(T.min(least, number))
-    peak = T.Select(most > -least, most, least)
-    scale = hold(T.Cast("float16", peak / T.float32(fmt.lowest)))
-    scale = hold(T.Select(scale == T.float16(0), T.float16(LEAST_SCALE), scale))
-    store(scales, scale, *place, at)
-    step = hold(T.Cast("float32", scale))
-
-    def code(number: Expr) -> Expr:
-        rounded = T.min(T.nearbyint(number / step), T.float32(-fmt.lowest - 1))
-        return T.Cast("int32", T.max(rounded, T.float32(fmt.lowest)))
-
-    if fmt.bits == 8:
-        for e, number in enumerate(group):
-            store(codes, T.Cast(fmt.dtype, code(number)), *place, at * GROUP + e)
-        return
-    half = GROUP // 2
-    for e in range(half):
-        low, high = T.bitwise_and(code(group[e]), 15), T.shift_left(code(group[e + half]), 4)
-        store(codes, T.Cast(fmt.dtype, T.bitwise_or(low, high)), *place, at * half + e)
 
 
 def _cached(fmt: CacheFormat, parts: list[Any], b: Expr, h: Expr) -> Callable[[Expr, Expr], Expr]:
@@ -540,3 +1044,13 @@ def _cached(fmt: CacheFormat, parts: list[Any], b: Expr, h: Expr) -> Callable[[E
         return T.Cast("float32", T.shift_right(T.shift_left(word, up), 28)) * step
 
     return read
+
+
+def _vector(dtype: str, lanes: int) -> str:
+    """A type's vector; of one it is the type."""
+    return f"{dtype}x{lanes}" if lanes > 1 else dtype
+
+
+def _splat(value: Expr, lanes: int) -> Expr:
+    """The same in all lanes."""
+    return T.Broadcast(value, lanes) if lanes > 1 else value

@@ -67,13 +67,13 @@ class Private:
         """Where a thread's value lies in the buffer."""
         return thread * self.count + index if self.serial else int64(index)
 
-    def get(self, thread: Expr, index: int | Expr = 0) -> Expr:
-        """A thread's value."""
-        return self.buffer[self.at(thread, index)]
+    def get(self, thread: Expr, index: int | Expr = 0, lanes: int = 1) -> Expr:
+        """A thread's value, or neighbours."""
+        return load(self.buffer, self.at(thread, index), lanes=lanes)
 
     def set(self, thread: Expr, value: Expr, index: int | Expr = 0) -> None:
-        """Replace a thread's value."""
-        T.buffer_store(self.buffer, value, [self.at(thread, index)])
+        """Replace a thread's value, or neighbours, as many as ``value`` has lanes."""
+        store(self.buffer, value, self.at(thread, index))
 
     def add(self, thread: Expr, value: Expr, index: int | Expr = 0) -> None:
         """Add to a thread's value."""
@@ -111,6 +111,10 @@ class Block:
         """From here on read what earlier kernels wrote, and write memory."""
         if not self.serial:
             _depend(_WAIT, "wait")
+
+    def unrolled(self, count: int) -> Any:
+        """A loop that a GPU unrolls, so that what it counts may number registers."""
+        return T.serial(0, count) if self.serial else T.unroll(0, count)
 
     def shared(self, *shape: int, dtype: str = "float32") -> Any:
         """Memory that all threads of the block see."""
@@ -154,17 +158,18 @@ class Block:
         end up with the same. Every thread of a warp takes part.
         """
         for lane in lanes:
-            for index in range(values.count):
-                if self.thread is not None:
+            if self.thread is not None:
+                for index in range(values.count):
                     mine = values.get(self.thread, index)
                     other = T.call_extern(
                         str(mine.ty.dtype), "__shfl_xor_sync", T.uint32(2**32 - 1), mine, lane
                     )
                     values.set(self.thread, combine(mine, hold(other)), index)
-                    continue
-                with T.serial(0, self.threads // 2) as pair:
-                    # Each pair once: the thread that has not the bit, and the one that has it.
-                    low = hold(pair // lane * (2 * lane) + pair % lane)
+                continue
+            # Each pair once: the thread that has not the bit, and the one that has it.
+            with T.serial(0, self.threads // 2) as pair:
+                low = hold(pair // lane * (2 * lane) + pair % lane)
+                with T.serial(0, values.count) as index:
                     both = hold(combine(values.get(low, index), values.get(low + lane, index)))
                     values.set(low, both, index)
                     values.set(low + lane, both, index)

@@ -1,13 +1,15 @@
 """CUDA attention, rotary and norms, serially on this CPU and on a GPU, against float64."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mxcompile.targets.cpu_attention import Attention, Mask
+from mxcompile.caches import decode
+from mxcompile.targets.cpu_attention import Attention, Mask, Rotation
 from mxcompile.targets.cpu_norm import Columns, Runs
 from mxcompile.targets.cuda_norm import CudaNorm
 from tests import test_cpu_attention
@@ -54,6 +56,7 @@ CASES = {name: test_cpu_attention.CASES[name] for name in SHARED} | {
         Attention(3, 1, 96, 0.1, q=Columns(492, 8), k=Columns(492, 298), v=Columns(492, 395)),
         ("int8", "int4"),
     ),
+    "many heads": (Attention(9, 1, 256, 0.06, softcap=9.0), ("fp16", "int4")),
 }
 
 
@@ -134,6 +137,79 @@ def test_rotary_matches_definition(
     kernel = reading.attention.rotary(heads, dim, rotated, Columns(width, 5))
     got = Built(reading, kernel)([x, cos, sin], (2, s, heads * dim)).reshape(want.shape)
     np.testing.assert_allclose(got, want, rtol=0, atol=3 * 2.0**-24 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    ("names", "dim", "rotated"),
+    [
+        (("fp16", "int8"), 64, 0),
+        (("int4", "fp32"), 96, 32),
+        (("int8", "int4"), 256, 0),
+        (("fp32", "fp16"), 20, 10),
+    ],
+)
+def test_rotate_is_what_separate_kernels_do(
+    reading: Reading,
+    normed: bool,
+    names: tuple[str, str],
+    dim: int,
+    rotated: int,
+    rng: np.random.Generator,
+) -> None:
+    heads, kv_heads, half, made = 4, 2, (rotated or dim) // 2, reading.attention
+    width = (heads + 2 * kv_heads) * dim + 3
+    q_at, k_at, v_at = (
+        Columns(width, start) for start in (1, 1 + heads * dim, 2 + (heads + kv_heads) * dim)
+    )
+    caches, alone = formats(*names), Attention(heads, kv_heads, dim, 1.0, v=v_at)
+    rotation = Rotation(rotated, EPS if normed else None)
+    together = Built(reading, made.rotate(replace(alone, q=q_at, k=k_at), caches, rotation))
+    sides = [(q_at, heads), (k_at, kv_heads)]
+    norms = [Built(reading, reading.norm.rms_norm(Runs(dim, n, 3, at), EPS)) for at, n in sides]
+    turns = [
+        Built(reading, made.rotary(n, dim, rotated, Columns(n * dim) if normed else at))
+        for at, n in sides
+    ]
+    write = reading.build({"main": made.append(alone, caches)})["main"]
+    gains = list(rng.standard_normal((2, dim), np.float32))
+    for batch, seq, past in ((2, 1, 0), (1, 1, 200), (2, 33, 7)):
+        x = rng.standard_normal((batch, seq, width), np.float32)
+        angle = rng.standard_normal((batch, seq, half))
+        angles = [np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)]
+        both = [
+            [
+                reading.tensor(np.zeros((batch, kv_heads, LONGEST, columns), dtype))
+                for dtype, columns in caches.parts(dim)
+            ]
+            for _ in range(2)
+        ]
+        at = np.array([past])
+        flat = [(batch, seq, n * dim) for _, n in sides]
+        y = together([x, x, x, *angles, *gains[: 2 * normed], at, *both[0]], flat[0])
+        rows = [
+            norm([x, gain], shape) if normed else x
+            for norm, gain, shape in zip(norms, gains, flat, strict=True)
+        ]
+        q, k = (
+            turn([row, *angles], shape) for turn, row, shape in zip(turns, rows, flat, strict=True)
+        )
+        write(*map(reading.tensor, (k, x, at)), *both[1])
+        # A GPU may fuse other products with other sums; on this CPU nothing differs.
+        bound = 2.0**-20 * float(np.abs(q).max()) if reading.arch else 0.0
+        np.testing.assert_allclose(y, q, rtol=0, atol=bound)
+        written = [[part.numpy()[:, :, past : past + seq] for part in parts] for parts in both]
+        count = len(caches.key.parts(dim))
+        for fmt, where in ((caches.key, slice(count)), (caches.value, slice(count, None))):
+            one, other = (decode(parts[where], fmt) for parts in written)
+            # A step between codes and a bit more for another scale, or a rounding of a float16.
+            step = np.abs(written[1][where][-1]).max() * (1 if fmt.scaled else 2.0**-10)
+            bound = 1.1 * float(step) if reading.arch else 0.0
+            np.testing.assert_allclose(one, other, rtol=0, atol=bound)
+            assert other.any()
+        for part in both[0]:
+            assert not part.numpy()[:, :, :past].any()
+            assert not part.numpy()[:, :, past + seq :].any()
 
 
 NORMS: dict[str, tuple[Callable[[CudaNorm, Runs], Any], Callable[..., Array], int]] = {
