@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
@@ -305,7 +306,8 @@ class CudaAttention:
         batch: Expr,
     ) -> None:
         """One position: blocks share the keys, then the shares are joined."""
-        chunks = -(-a.group * max(key.columns, value.columns) // _HELD)
+        # A head has scores in registers too.
+        chunks = -(-a.group * max(key.columns, value.columns, 4) // _HELD)
         heads = -(-a.group // chunks)
 
         def place(pair: Expr, split: Expr, g: Expr, c: int | Expr) -> tuple[int | Expr, ...]:
@@ -328,54 +330,66 @@ class CudaAttention:
             scan.finish(put)
 
         def join(block: Block) -> None:
-            pair, g = block.index
-            peaks, totals = block.private(1), block.private(1)
+            pair, g, part = block.index
+            # A lane has some shares' highest scores and sums of weights, a thread has a column.
+            own = -(-self.splits // WARP)
+            tops, sums, found = (block.private(n) for n in (own, own, self.splits))
+            peak, total = block.private(1), block.private(1)
             weights = block.shared(self.splits)
 
             def share(s: Expr, c: int | Expr) -> Expr:
                 return load(shares, *place(pair, s, g, c))
 
-            def find(t: Expr) -> None:
-                peaks.set(t, T.float32(LOWEST))
+            def each(t: Expr, body: Callable[[Expr, int], None]) -> None:
+                for e in range(own):
+                    s = hold(e * WARP + t % WARP)
+                    with when(s < self.splits):
+                        body(s, e)
 
-                def one(s: Expr) -> None:
-                    peaks.set(t, T.max(peaks.get(t), share(s, a.dim)))
+            def fetch(t: Expr) -> None:
+                peak.set(t, T.float32(LOWEST))
 
-                strided(t % WARP, WARP, int64(self.splits), one)
+                def one(s: Expr, e: int) -> None:
+                    tops.set(t, share(s, a.dim), e)
+                    sums.set(t, share(s, a.dim + 1), e)
+                    peak.set(t, T.max(peak.get(t), tops.get(t, e)))
+
+                c = hold(T.min(part * _THREADS + t, a.dim - 1))
+                with block.unrolled(self.splits) as s:
+                    found.set(t, share(s, c), s)
+                each(t, one)
 
             def weigh(t: Expr) -> None:
-                totals.set(t, T.float32(0))
+                total.set(t, T.float32(0))
 
-                def one(s: Expr) -> None:
-                    weight = hold(T.exp(share(s, a.dim) - peaks.get(t)))
-                    totals.add(t, weight * share(s, a.dim + 1))
+                def one(s: Expr, e: int) -> None:
+                    weight = hold(T.exp(tops.get(t, e) - peak.get(t)))
+                    total.add(t, weight * sums.get(t, e))
                     with when(t < WARP):
                         store(weights, weight, s)
 
-                strided(t % WARP, WARP, int64(self.splits), one)
+                each(t, one)
 
             def mix(t: Expr) -> None:
-                def column(c: Expr) -> None:
-                    number = registers(1, "float32")
-                    store(number, T.float32(0), 0)
-                    with block.unrolled(self.splits) as s:
-                        store(number, number[0] + weights[s] * share(s, c), 0)
-                    b, h = pair // a.kv_heads, pair % a.kv_heads
+                number = registers(1, "float32")
+                store(number, T.float32(0), 0)
+                with block.unrolled(self.splits) as s:
+                    store(number, number[0] + weights[s] * found.get(t, s), 0)
+                b, h, c = pair // a.kv_heads, pair % a.kv_heads, hold(part * _THREADS + t)
+                with when(c < a.dim):
                     at = (h * a.group + g) * a.dim + c
-                    store(out, number[0] / totals.get(t), b, int64(0), at)
-
-                strided(t, _THREADS, int64(a.dim), column)
+                    store(out, number[0] / total.get(t), b, int64(0), at)
 
             # Every warp finds the same.
-            block.phase(find, barrier=False)
-            block.across(peaks, _LANES, T.max)
+            block.phase(fetch, barrier=False)
+            block.across(peak, _LANES, T.max)
             block.phase(weigh)
-            block.across(totals, _LANES, lambda x, y: x + y)
-            block.phase(mix)
+            block.across(total, _LANES, lambda x, y: x + y)
+            block.phase(mix, barrier=False)
 
         pairs = batch * a.kv_heads
         launch([pairs, self.splits, chunks], _WARPS * WARP, self.serial, attend)
-        launch([pairs, a.group], _THREADS, self.serial, join)
+        launch([pairs, a.group, -(-a.dim // _THREADS)], _THREADS, self.serial, join)
 
 
 @dataclass(frozen=True, slots=True)
@@ -804,15 +818,24 @@ class _Strips:
         half = GROUP // 2
         return at // half * GROUP + member // self._width * half + at % half
 
+    @property
+    def _held(self) -> tuple[str, int]:
+        """The type and number of a strip's elements in registers.
+
+        Words if they are whole: compilers pair halves anew, which takes waiting for them.
+        """
+        size = self._width * np.dtype(self.format.dtype).itemsize
+        return ("int32", size // 4) if size % 4 == 0 else (self.format.dtype, self._width)
+
     def room(self, block: Block, rows: int) -> list[Private]:
         """Registers for what a lane loads of some rows."""
-        count = rows * self._strips
-        codes = block.private(count * self._width, self.format.dtype)
+        count, (dtype, each) = rows * self._strips, self._held
+        codes = block.private(count * each, dtype)
         return [codes, block.private(count, SCALE_DTYPE)] if self.format.scaled else [codes]
 
     def fetch(self, room: list[Private], row: int, t: Expr, place: tuple[Expr, ...]) -> None:
         """Load a lane's part of a row, as it is cached."""
-        half, width = GROUP // 2, self._width
+        half, width, (dtype, each) = GROUP // 2, self._width, self._held
         lane = hold(t % WARP)
         for strip in range(self._strips):
             # Not held: only of an expression TVM sees that it is a multiple, and loads a vector.
@@ -821,17 +844,19 @@ class _Strips:
                 # A lane without a column reads the last once more.
                 at = hold(T.min(at, self._stored - 1))
             number = row * self._strips + strip
-            room[0].set(t, load(self.parts[0], *place, at, lanes=width), number * width)
+            stored = hold(load(self.parts[0], *place, at, lanes=width))
+            room[0].set(t, T.reinterpret(_vector(dtype, each), stored), number * each)
             if self.format.scaled:
                 group = at // (half if self.format.bits == 4 else GROUP)
                 room[1].set(t, load(self.parts[1], *place, group), number)
 
     def unpack(self, room: list[Private], rows: int, t: Expr, numbers: Private) -> None:
         """Make numbers of what a lane loaded of some rows."""
-        width = self._width
+        width, (_, each) = self._width, self._held
         floats, ints = _vector("float32", width), _vector("int32", width)
         for strip in range(rows * self._strips):
-            stored, first = room[0].get(t, strip * width, lanes=width), strip * self._each
+            held, first = hold(room[0].get(t, strip * each, lanes=each)), strip * self._each
+            stored = T.reinterpret(_vector(self.format.dtype, width), held)
             if not self.format.scaled:
                 numbers.set(t, T.Cast(floats, stored), first)
                 continue
@@ -914,6 +939,7 @@ class _Scan:
             self._value.fetch(self._next_values, e, t, place)
 
     def _unpack(self, t: Expr) -> None:
+        """Make numbers of what was loaded."""
         self._key.unpack(self._next_keys, self._keys, t, self._near_keys)
         self._value.unpack(self._next_values, self._keys, t, self._near_values)
 
@@ -1016,7 +1042,7 @@ class _Scan:
             strided(t, block.threads, int64(count * dim), one)
 
         block.phase(keep)
-        block.phase(shrink, barrier=False)
+        block.phase(shrink)
         for first in range(0, heads, most):
             count = min(most, heads - first)
             block.phase(partial(spill, first=first, count=count))
