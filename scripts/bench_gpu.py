@@ -31,7 +31,7 @@ FORMATS: Final = ("int8", "int4", "int3", "int2", "int1")
 
 NO_DEVICE: Final = 6
 REPEATS: Final = 15
-UNCACHED: Final = 1 << 29
+UNCACHED: Final = 1 << 28
 """Bytes of matrices: several times any GPU's cache."""
 
 _READ: Final = """
