@@ -24,7 +24,7 @@ from mxcompile.artifact import DECODE, MAIN, TensorSpec
 from mxcompile.errors import MxError, UnsupportedError
 from mxcompile.formats import CACHE_FORMATS, FORMATS, ActivationFormat
 from mxcompile.knobs import Choice
-from mxcompile.passes.fuse_gate import GATE, GELU_TANH
+from mxcompile.passes.fuse_gate import GATE
 from mxcompile.passes.fuse_residual import RESIDUAL_NORM, epsilon, rounded_format
 from mxcompile.passes.fuse_rotary import ROTARY_ATTENTION
 from mxcompile.passes.kv_cache import NO_WINDOW
@@ -98,13 +98,14 @@ class _Builder:
     formats: set[str] = field(default_factory=set)
     views: dict[ir.Value, _View] = field(default_factory=dict)
     rounded: dict[ir.Value | None, tuple[Expr, Dims, int]] = field(default_factory=dict)
+    unrounded: dict[ir.Value | None, "_Unrounded"] = field(default_factory=dict)
     made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     choice: Choice = field(default_factory=Choice)
 
     def another(self, dims: Mapping[str, int]) -> "_Builder":
         """For another function of the module, with the same weights and kernels; fixes dims."""
         scope = Scope(self.scope.bb, symbols=dict(dims))
-        return replace(self, scope=scope, weight_vars={}, views={}, rounded={})
+        return replace(self, scope=scope, weight_vars={}, views={}, rounded={}, unrounded={})
 
     @property
     def matmul(self) -> families.MatmulTemplates:
@@ -358,6 +359,14 @@ def _product(
     count, columns = shape_of(x)
     if activation is None:
         return builder.call(builder.kernel(builder.matmul.matmul_f32), [x, *weight], (count, rows))
+    source = cpu_matmul.Rows(int(columns))
+    if (
+        _is_one(count)
+        and builder.kernel(builder.matmul.matmul_rounded, source, activation) is not None
+    ):
+        row = builder.scope.emit(relax.op.reshape(x, (1, 1, columns)))
+        unrounded = _Unrounded(source, [row], (1,), None)
+        return _multiply_unrounded(builder, unrounded, weight, rows, activation)
     size = cpu_matmul.activation_bytes(int(columns), activation)
     quantize = builder.kernel(builder.matmul.quantize_activation, activation)
     codes = builder.call(quantize, [x], (count, size), "int8")
@@ -378,6 +387,67 @@ def _multiply(
     return builder.call(multiply, [codes, *weight], (shape_of(codes)[0], rows))
 
 
+@dataclass(frozen=True, slots=True)
+class _Unrounded:
+    """What makes a row that the product which reads it makes and rounds for itself.
+
+    It writes a residual's sum as well, ``total``.
+    """
+
+    source: cpu_matmul.Source
+    inputs: list[Expr]
+    lead: Dims
+    total: ir.Value | None
+
+
+def _round_later(
+    builder: _Builder,
+    node: ir.Node,
+    source: cpu_matmul.Source,
+    fmt: ActivationFormat,
+    inputs: list[Expr],
+) -> bool:
+    """Leave a node that makes and rounds a row to the product that alone reads it, if that can."""
+    *totals, value = node.outputs
+    lead = tuple(shape_of(inputs[0])[:-1])
+    readers = list(value.consumers())
+    if len(readers) != 1 or not all(map(_is_one, lead)):
+        return False
+    # The sum is there once the product is: all else that reads it must come later.
+    order = {n: i for i, n in enumerate(builder.model.graph)} if totals else {}
+    others = [n for total in totals for n in total.consumers()]
+    if any(order[n] < order[readers[0]] for n in others):
+        return False
+    if builder.kernel(builder.matmul.matmul_rounded, source, fmt) is None:
+        return False
+    builder.unrounded[value] = _Unrounded(source, inputs, lead, totals[0] if totals else None)
+    return True
+
+
+def _is_one(dim: Any) -> bool:
+    return isinstance(dim, int) and dim == 1
+
+
+def _multiply_unrounded(
+    builder: _Builder,
+    row: _Unrounded,
+    weight: list[Expr],
+    rows: int,
+    activation: ActivationFormat,
+) -> Expr:
+    """The product of a row that is not made yet."""
+    kernel = builder.kernel(builder.matmul.matmul_rounded, row.source, activation)
+    arguments = [*row.inputs, *weight]
+    if row.total is None:
+        return builder.call(kernel, arguments, (1, rows))
+    shapes = shape_of(row.inputs[0]), (1, rows)
+    both = [relax.TensorType(shape, "float32") for shape in shapes]
+    pair = builder.scope.emit(relax.call_tir(kernel, arguments, both))
+    total, product = (builder.scope.emit(relax.TupleGetItem(pair, i)) for i in (0, 1))
+    builder.scope.tensors[row.total] = total
+    return product
+
+
 def _mixed_linear(builder: _Builder, node: ir.Node) -> list[Any]:
     body = body_of(builder.model, node)
     names, sizes = _names_and_rows(builder.model, node)
@@ -386,6 +456,10 @@ def _mixed_linear(builder: _Builder, node: ir.Node) -> list[Any]:
         assert activation is not None
         codes, lead, columns = builder.rounded[x]
         product = _multiply(builder, codes, columns, weight, sum(sizes), activation)
+    elif x in builder.unrounded:
+        assert activation is not None
+        row = builder.unrounded[x]
+        product, lead = _multiply_unrounded(builder, row, weight, sum(sizes), activation), row.lead
     else:
         matrix, lead, _ = _rows(builder, builder.tensor(x))
         product = _product(builder, matrix, weight, sum(sizes), activation)
@@ -570,9 +644,10 @@ def _norm_and_round(builder: _Builder, node: ir.Node, x: Expr, scale: Expr, eps:
     fmt, shape = rounded_format(builder.model, value), shape_of(x)
     if fmt is None or len(shape) != 3:
         return False
-    kernel = builder.kernel(builder.matmul.normalize_activation, eps, fmt)
-    if kernel is None:
-        return False
+    norm = cpu_matmul.Norm(int(shape[-1]), eps)
+    if _round_later(builder, node, norm, fmt, [x, scale]):
+        return True
+    kernel = builder.kernel(builder.matmul.normalize_activation, norm, fmt)
     codes = builder.scope.emit(relax.call_tir(kernel, [x, scale], _rounded(builder, shape, fmt)))
     builder.rounded[value] = codes, tuple(shape[:-1]), int(shape[-1])
     return True
@@ -595,13 +670,10 @@ def _residual_norm(builder: _Builder, node: ir.Node) -> list[Any]:
     total, value = node.outputs
     fmt, shape = rounded_format(builder.model, value), shape_of(rest)
     assert fmt is not None
-    kernel = builder.kernel(builder.matmul.residual_activation, eps, fmt, inner_eps)
-    if kernel is None:
-        norm, runs = builder.kernels.norm.rms_norm, cpu_norm.Runs(int(shape[-1]))
-        if inner_eps is not None:
-            added = builder.call(builder.kernel(norm, runs, inner_eps), [added, scales[1]], shape)
-        h = builder.scope.emit(relax.op.add(rest, added))
-        return [h, builder.call(builder.kernel(norm, runs, eps), [h, scales[0]], shape)]
+    residual = cpu_matmul.Residual(int(shape[-1]), eps, inner_eps)
+    if _round_later(builder, node, residual, fmt, [rest, added, *scales]):
+        return []
+    kernel = builder.kernel(builder.matmul.residual_activation, residual, fmt)
     both = [relax.TensorType(shape, "float32"), _rounded(builder, shape, fmt)]
     pair = builder.scope.emit(relax.call_tir(kernel, [rest, added, *scales], both))
     h, codes = (builder.scope.emit(relax.TupleGetItem(pair, i)) for i in (0, 1))
@@ -618,11 +690,9 @@ def _gate(builder: _Builder, node: ir.Node) -> list[Any] | Expr:
     (gate, gate_at), (up, up_at) = (builder.source(x) for x in node.inputs)
     size, lead = _width(value), shape_of(gate)[:-1]
     columns = cpu_matmul.Gate(node.overload, size, gate_at, up_at)  # type: ignore[arg-type]
+    if _round_later(builder, node, columns, fmt, [gate, up]):
+        return []
     kernel = builder.kernel(builder.matmul.gate_activation, columns, fmt)
-    if kernel is None:
-        gate, up = (builder.tensor(x) for x in node.inputs)
-        opened = relax.op.nn.gelu_tanh if node.overload == GELU_TANH else relax.op.nn.silu
-        return emit(relax.op.multiply(emit(opened(gate)), up))
     codes = emit(relax.call_tir(kernel, [gate, up], _rounded(builder, (*lead, size), fmt)))
     builder.rounded[value] = codes, tuple(lead), size
     return []

@@ -136,6 +136,34 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """``X`` as it is."""
+
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """``X / sqrt(mean(X^2) + eps) * weight``."""
+
+    columns: int
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """The norm of ``H = R + Y``; ``Y`` is normalized first where that has an eps."""
+
+    columns: int
+    eps: float
+    inner_eps: float | None
+
+
+Source = Rows | Norm | Residual | Gate
+"""What rows that are rounded are made of; their columns are known."""
+
+
+@dataclass(frozen=True, slots=True)
 class MatmulKernel:
     """The knobs of the kernels of one target; methods make the functions.
 
@@ -184,7 +212,7 @@ class MatmulKernel:
 
         return build(emit)
 
-    def normalize_activation(self, eps: float, fmt: ActivationFormat) -> PrimFunc:
+    def normalize_activation(self, norm: Norm, fmt: ActivationFormat) -> PrimFunc:
         """Rounds ``X / sqrt(mean(X^2) + eps) * weight`` as ``quantize_activation`` does.
 
         What the norm gives is not written to memory.
@@ -197,20 +225,19 @@ class MatmulKernel:
 
             def normalized(row: Expr) -> _Columns:
                 read = reader(x, row // s, row % s)
-                return scaled(read, rms_factor(read, k, eps, Simd(ROW_TILE)), weight)
+                return scaled(read, rms_factor(read, k, norm.eps, Simd(ROW_TILE)), weight)
 
             rounding = self._rounding(codes, k, fmt, normalized)
             spread(b * s, b * s * (k // GROUP) < self.serial_groups, rounding)
 
         return build(emit)
 
-    def residual_activation(
-        self, eps: float, fmt: ActivationFormat, inner_eps: float | None
-    ) -> PrimFunc:
+    def residual_activation(self, residual: Residual, fmt: ActivationFormat) -> PrimFunc:
         """``H = R + Y``, whose norm is rounded; ``Y`` is normalized first where it has an eps."""
 
         def emit() -> None:
             b, s, k, m, q = map(symbol, "bskmq")
+            eps, inner_eps = residual.eps, residual.inner_eps
             rest, added, weight = (
                 param("R", (b, s, k)),
                 param("Y", (b, s, k)),
@@ -285,6 +312,9 @@ class MatmulKernel:
                 _quantize_group(halves, fmt, flip, codes, row, k // GROUP * RECORD)
 
         return quantize
+
+    def matmul_rounded(self, source: Source, fmt: ActivationFormat) -> None:
+        """Rounding is a kernel of its own: its result is read by all threads."""
 
     def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
         """Y = Q @ W.T with exact integer sums inside a group, for each digit."""

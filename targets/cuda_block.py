@@ -46,6 +46,12 @@ __device__ __forceinline__ void mxcompile_mma(int* c, const int* a, const int* b
 """
 
 
+_ANNOUNCE: Final = """
+__device__ __forceinline__ void mxcompile_announce(const void* place) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(place));
+}
+"""
+
 _RELEASE: Final = "mxcompile_release"
 _WAIT: Final = "mxcompile_wait"
 
@@ -173,6 +179,15 @@ class Block:
                     both = hold(combine(values.get(low, index), values.get(low + lane, index)))
                     values.set(low, both, index)
                     values.set(low + lane, both, index)
+
+    def announce(self, buffer: Any, index: Expr) -> None:
+        """Ask for what lies at an index, to be in the GPU's cache soon."""
+        if not self.serial:
+            T.evaluate(
+                cuda_func_call(
+                    "mxcompile_announce", T.address_of(buffer[index]), source_code=_ANNOUNCE
+                )
+            )
 
     def dp4a(self, a: Expr, b: Expr, c: Expr) -> Expr:
         """``c`` plus the dot product of four signed bytes of each word."""
@@ -322,6 +337,6 @@ def when(condition: Expr) -> Iterator[None]:
 
 def strided(thread: Expr, threads: int, extent: Expr, body: Callable[[Expr], None]) -> None:
     """Share ``extent`` pieces of work between the threads; neighbours get neighbours."""
-    extent = int64(extent)
-    with T.serial(int64(0), (extent - thread + (threads - 1)) // threads) as i:
+    zero = T.Cast(extent.ty.dtype, T.int32(0))
+    with T.serial(zero, (extent - thread + (threads - 1)) // threads) as i:
         body(hold(i * threads + thread))

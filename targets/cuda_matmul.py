@@ -6,7 +6,8 @@ The functions, what they take and the packed layout are those of ``cpu_matmul``;
   a tile of 16 rows, a thread 4 rows (16 bytes of each vector of codes) of one of them. Warps of a
   block share the columns of a tile, or have tiles of their own where there are many. Weights are
   read once, 16 bytes a load, and unpacked in registers; the first of them are asked for before the
-  kernel that makes the activations has ended. Activations wait in shared memory;
+  kernel that makes the activations has ended. Activations wait in shared memory; short rows are
+  made and rounded there, by every block for itself, which is a kernel less to wait for;
 * more rows run on tensor cores: a group of 32 columns is the K of ``mma.m16n8k32`` on int8, a tile
   its 16 rows, and a word of the packed layout (a row's 4 columns) a register of its fragment. Codes
   go from memory to the tensor core through registers alone; activations wait in shared memory.
@@ -19,8 +20,8 @@ so results agree to float32 rounding, not bit by bit.
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -29,9 +30,9 @@ from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, ActivationFormat, Format
+from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, ActivationFormat, Format, groups
 from mxcompile.plan import ROW_TILE
-from mxcompile.targets.cpu_matmul import Gate
+from mxcompile.targets.cpu_matmul import Gate, Norm, Residual, Rows, Source
 from mxcompile.targets.cpu_norm import int64, param, symbol
 from mxcompile.targets.cuda_block import (
     WARP,
@@ -68,11 +69,17 @@ _AHEAD: Final = 2
 _ROUNDERS: Final = 256
 """Threads of a block that rounds activations, a quad of columns each."""
 
+_SHORT: Final = 2048
+"""Columns of the longest row that every block of a product makes and rounds for itself."""
+
 _KEPT: Final = 256
 """Groups of a row, over its digits, that wait in shared memory for a GEMV: 12 KiB."""
 
 _RECORD: Final = 12
 """Words of a group there: 10, and 2 so that loads are of 16 bytes."""
+
+_LINE: Final = 128
+"""Bytes that a GPU's cache holds together."""
 
 _WARPS: Final = 2048
 """Warps that a GPU is given before each has a tile of its own: some 16 a multiprocessor."""
@@ -115,66 +122,73 @@ class CudaMatmul:
         def emit() -> None:
             m, k, q = map(symbol, "mkq")
             x, records = param("X", (m, k)), param("Q", (m, q), "int8")
-            self._round_apart(records, fmt, lambda row, _t, column: x[row, column], k)
+            self._round_apart(records, fmt, lambda row, column: x[row, column], k)
 
         return build(emit)
 
-    def normalize_activation(self, eps: float, fmt: ActivationFormat) -> PrimFunc:
+    def normalize_activation(self, norm: Norm, fmt: ActivationFormat) -> PrimFunc:
         """Rounds ``X / sqrt(mean(X^2) + eps) * weight`` as ``quantize_activation`` does."""
+        return self._round_rows(norm, fmt)
+
+    def residual_activation(self, residual: Residual, fmt: ActivationFormat) -> PrimFunc:
+        """``H = R + Y``, whose norm is rounded; ``Y`` is normalized first where it has an eps."""
+        return self._round_rows(residual, fmt)
+
+    def _round_rows(self, source: Norm | Residual, fmt: ActivationFormat) -> PrimFunc:
+        """A block for a row."""
+        threads = min(1024, max(128, -(-source.columns // (4 * WARP)) * WARP))
 
         def emit() -> None:
-            b, s, k, m, q = map(symbol, "bskmq")
-            x, weight = param("X", (b, s, k)), param("weight", (k,))
+            b, s, m, q = map(symbol, "bsmq")
+            inputs = declare(source, b, s)
+            total = _total(source, b, s)
             records = param("Q", (m, q), "int8")
 
             def body(block: Block) -> None:
-                row = block.index[0]
+                at = block.index
+                row = _Row(block, source.columns)
+                made = _MAKERS[type(source)](source, row, inputs, total, at, None)
+                codes, line = _lines(records, fmt.digits), at[0] * s + at[1]
 
-                def read(_t: Expr, column: Expr) -> Expr:
-                    return x[row // s, row % s, column]
+                def put(digit: int, group: Expr, word: int | Expr, value: Expr) -> None:
+                    store(codes, value, line * fmt.digits + digit, group, word)
 
-                factor = _rms_factor(block, read, k, eps)
-                normed = _scaled(read, factor, weight)
-                _round_row(block, normed, _lines(records, fmt.digits), fmt, row, k)
+                made.early()
+                block.wait()
+                row.round(made.late(), fmt, put)
 
-            launch([b * s], _ROUNDERS, self.serial, body)
+            launch([b, s], threads, self.serial, body, waits=True)
 
         return build(emit)
 
-    def residual_activation(
-        self, eps: float, fmt: ActivationFormat, inner_eps: float | None
-    ) -> PrimFunc:
-        """``H = R + Y``, whose norm is rounded; ``Y`` is normalized first where it has an eps."""
+    def matmul_rounded(self, source: Source, fmt: ActivationFormat) -> PrimFunc | None:
+        """One row that is made, rounded and multiplied in a kernel; None for long rows."""
+        columns, digits = columns_of(source), fmt.digits
+        if columns > _SHORT:
+            return None
 
         def emit() -> None:
-            b, s, k, m, q = map(symbol, "bskmq")
-            rest, added = param("R", (b, s, k)), param("Y", (b, s, k))
-            weight = param("weight", (k,))
-            inner = None if inner_eps is None else param("inner", (k,))
-            total, records = param("H", (b, s, k)), param("Q", (m, q), "int8")
+            n, one = symbol("n"), int64(1)
+            inputs = declare(source, one, one)
+            open_weight = _Weight.declare(self.serial, self.formats)
+            total, y = _total(source, one, one), param("Y", (one, n))
+            count = groups(columns)
 
-            def body(block: Block) -> None:
-                row = block.index[0]
-                at = row // s, row % s
+            def prepare(block: Block, staged: Any) -> _Staging:
+                row = _Row(block, columns)
+                at, is_first = (int64(0), int64(0)), block.index[0] == 0
+                made = _MAKERS[type(source)](source, row, inputs, total, at, is_first)
 
-                def term(_t: Expr, column: Expr) -> Expr:
-                    return added[(*at, column)]
+                def put(digit: int, group: Expr, word: int | Expr, value: Expr) -> None:
+                    store(staged, value, digit * (-(-count // BLOCK) * BLOCK) + group, word)
 
-                if inner is not None and inner_eps is not None:
-                    factor = _rms_factor(block, term, k, inner_eps)
-                    term = _scaled(term, factor, inner)  # type: ignore[assignment]
+                def stage(_first: Expr) -> None:
+                    row.round(made.late(), fmt, put)
+                    block.phase(lambda t: None)
 
-                def add(t: Expr, column: Expr) -> Expr:
-                    value = hold(rest[(*at, column)] + term(t, column))
-                    store(total, value, *at, column)
-                    return value
+                return made.early, stage
 
-                factor = _rms_factor(block, add, k, eps)
-                # A thread comes back to the columns that it has added up.
-                normed = _scaled(lambda _t, column: total[(*at, column)], factor, weight)
-                _round_row(block, normed, _lines(records, fmt.digits), fmt, row, k)
-
-            launch([b * s], _ROUNDERS, self.serial, body)
+            self._gemv(open_weight(), y, int64(count), digits, -(-count // BLOCK), prepare)
 
         return build(emit)
 
@@ -186,7 +200,7 @@ class CudaMatmul:
             opener, gated = param("G", (b, s, gate.gate.width)), param("U", (b, s, gate.up.width))
             records = param("Q", (m, q), "int8")
 
-            def product(row: Expr, _t: Expr, column: Expr) -> Expr:
+            def product(row: Expr, column: Expr) -> Expr:
                 at = row // s, row % s
                 x = hold(opener[(*at, gate.gate.offset + column)])
                 return _ACTIVATIONS[gate.function](x) * gated[(*at, gate.up.offset + column)]
@@ -196,15 +210,30 @@ class CudaMatmul:
         return build(emit)
 
     def _round_apart(
-        self, records: Any, fmt: ActivationFormat, read: Callable[..., Expr], k: Expr
+        self, records: Any, fmt: ActivationFormat, read: Callable[[Expr, Expr], Expr], k: Expr
     ) -> None:
-        """Round rows of k columns, ``read(row, thread, column)``; several blocks share a row."""
+        """Round rows of k columns, ``read(row, column)``; several blocks share a row."""
         steps = (k + 4 * _ROUNDERS - 1) // (4 * _ROUNDERS)
 
         def body(block: Block) -> None:
             row, step = block.index
-            codes = _lines(records, fmt.digits)
-            _round_quads(block, partial(read, row), codes, fmt, row, k, step)
+            codes, values = _lines(records, fmt.digits), block.private(4)
+
+            def quad(t: Expr) -> Expr:
+                return step * _ROUNDERS + t
+
+            def look(t: Expr) -> None:
+                values.fill(t, T.float32(0))
+                for byte in range(4):
+                    column = hold(quad(t) * 4 + byte)
+                    with when(column < k):
+                        values.set(t, read(row, column), byte)
+
+            def put(digit: int, group: Expr, word: int | Expr, value: Expr) -> None:
+                store(codes, value, row * fmt.digits + digit, group, word)
+
+            block.phase(look, barrier=False)
+            _round_quads(block, values, 0, quad, codes.shape[1], fmt, put)
 
         launch([records.shape[0], steps], _ROUNDERS, self.serial, body)
 
@@ -222,7 +251,7 @@ class CudaMatmul:
             lines = codes.shape[0]
             with T.If(m == 1):
                 with T.Then():
-                    self._gemv(weight, codes, y, fmt.digits)
+                    self._multiply_row(weight, codes, y, fmt.digits)
                 with T.Else(), T.If(lines <= COLUMNS):
                     with T.Then():
                         self._mma(weight, codes, y, fmt.digits, tiles=1, batches=1)
@@ -276,32 +305,68 @@ class CudaMatmul:
 
         return build(emit)
 
-    def _gemv(self, weight: "_Weight", q: Any, y: Any, digits: int) -> None:
-        """One activation row, whose digits are the lines of ``q``.
+    def _multiply_row(self, weight: "_Weight", q: Any, y: Any, digits: int) -> None:
+        """One activation row that was rounded elsewhere; its digits are the lines of ``q``."""
+        count, kept = q.shape[1], _KEPT // digits // BLOCK
 
-        Its groups wait in shared memory, some blocks of 8 at a time. Warps that share a tile take
+        def prepare(block: Block, staged: Any) -> _Staging:
+            def stage(first: Expr) -> None:
+                def copy(t: Expr) -> None:
+                    some = hold(T.cast(T.min(count - first, int64(kept * BLOCK)), "int32"))
+
+                    def pair(line: int, i: Expr) -> None:
+                        group, at = hold(i // (WORDS // 2)), hold(i % (WORDS // 2) * 2)
+                        words = load(q, line, first + group, at, lanes=2)
+                        store(staged, words, line * (kept * BLOCK) + group, at)
+
+                    for line in range(digits):
+                        strided(t, self.splits * WARP, some * (WORDS // 2), partial(pair, line))
+
+                block.phase(copy)
+
+            return lambda: None, stage
+
+        self._gemv(weight, y, count, digits, kept, prepare)
+
+    def _gemv(
+        self,
+        weight: "_Weight",
+        y: Any,
+        count: Expr,
+        digits: int,
+        kept: int,
+        prepare: Callable[[Block, Any], "_Staging"],
+    ) -> None:
+        """Multiply a row of ``count`` groups.
+
+        They wait in shared memory, ``kept`` blocks of 8 at a time. Warps that share a tile take
         these in turn; a thread asks for its part of the next block once it has multiplied this one.
         """
-        count, n, warps = q.shape[1], y.shape[1], self.splits
-        blocks, kept = (count + BLOCK - 1) // BLOCK, _KEPT // digits // BLOCK
-        splits = T.int64(1)
-        for half in (1 << i for i in range(warps.bit_length() - 1)):
-            few = T.And(weight.tiles * half < _WARPS, blocks > half)
-            splits = T.Select(few, T.int64(2 * half), splits)
-        tiles = warps // splits
+        n, warps = y.shape[1], self.splits
+        blocks = (count + BLOCK - 1) // BLOCK
+        # Powers of two by their logarithms: GPUs divide slowly.
+        most = warps.bit_length() - 1
+        shift = T.int32(0)
+        for power in range(most):
+            few = T.And(weight.tiles << power < _WARPS, blocks > 1 << power)
+            shift = T.Select(few, T.int32(power + 1), shift)
+        tiles = T.int32(1) << T.int32(most) - shift
 
         def body(block: Block) -> None:
             staged = block.shared(digits * kept * BLOCK, _RECORD, dtype="int32")
             parts = block.shared(warps, ROW_TILE)
+            early, stage = prepare(block, staged)
             entry = _Kept(block, weight)
             fetched = _Fetched(block, weight)
             scale, sums = block.private(1), block.private(ROWS)
 
             def tile_of(t: Expr) -> Expr:
-                return T.min(block.index[0] * tiles + t // WARP // splits, weight.tiles - 1)
+                return T.min(block.index[0] * tiles + (t // WARP >> shift), weight.tiles - 1)
 
             def fetch(t: Expr, step: Expr) -> None:
-                index = hold(step * splits + t // WARP % splits)
+                split = t // WARP & (T.int32(1) << shift) - 1
+                index = hold((step << T.cast(shift, "int64")) + split)
+                later = hold(index + (T.int64(1) << T.cast(shift, "int64")))
                 fetched.group.set(t, T.int64(-1))
                 with when(index < blocks):
                     for tile in entry.formats(t, tile_of(t), count):
@@ -309,6 +374,8 @@ class CudaMatmul:
                         lane_group = hold(t % WARP // 4)
                         with when(lane_group < run.length):
                             fetched.fetch(t, run.group(lane_group))
+                        with when(later < blocks):
+                            tile.run(later).announce(block, t % WARP)
 
             def prefetch(t: Expr) -> None:
                 tile = hold(block.index[0] * tiles + t // ROW_TILE)
@@ -317,20 +384,6 @@ class CudaMatmul:
                 entry.read(t, tile_of(t))
                 sums.fill(t, T.float32(0))
                 fetch(t, T.int64(0))
-
-            def stage(first: Expr) -> Callable[[Expr], None]:
-                def copy(t: Expr) -> None:
-                    groups = hold(T.min(count - first, int64(kept * BLOCK)))
-
-                    def pair(i: Expr) -> None:
-                        line, group = hold(i // (WORDS // 2) // groups), i // (WORDS // 2) % groups
-                        at = hold(i % (WORDS // 2) * 2)
-                        words = load(q, line, first + group, at, lanes=2)
-                        store(staged, words, line * (kept * BLOCK) + group, at)
-
-                    strided(t, warps * WARP, digits * groups * (WORDS // 2), pair)
-
-                return copy
 
             def multiply(first: Expr) -> Callable[[Expr], None]:
                 def body(t: Expr) -> None:
@@ -356,30 +409,32 @@ class CudaMatmul:
                 with when(T.And(t < tiles * ROW_TILE, at < n)):
                     total = registers(1, "float32")
                     store(total, T.float32(0), 0)
-                    with T.serial(T.int64(0), splits) as i:
-                        part = parts[t // ROW_TILE * splits + i, t % ROW_TILE]
+                    with T.serial(T.int32(0), T.int32(1) << shift) as i:
+                        part = parts[(t // ROW_TILE << shift) + i, t % ROW_TILE]
                         store(total, total[0] + part, 0)
                     store(y, total[0] * scale.get(t), 0, at)
 
             block.phase(prefetch, barrier=False)
+            early()
             block.wait()
             rest = count % BLOCK
             missing = T.Select(rest == 0, T.int64(0), BLOCK - rest)
             with T.serial(T.int64(0), (blocks + kept - 1) // kept) as turn:
                 # Blocks are counted from the first that has groups.
                 first = hold(T.max(turn * (kept * BLOCK) - missing, T.int64(0)))
-                block.phase(stage(first))
-                steps = (T.min(blocks - turn * kept, int64(kept)) + splits - 1) // splits
-                with T.serial(T.int64(0), steps) as step:
-                    following = hold(turn * (kept // splits) + step + 1)
+                stage(first)
+                here = T.cast(T.min(blocks - turn * kept, int64(kept)), "int32")
+                with T.serial(T.int32(0), here + (T.int32(1) << shift) - 1 >> shift) as step:
+                    before = turn * T.cast(T.int32(kept) >> shift, "int64")
                     block.phase(multiply(first), barrier=False)
-                    block.phase(lambda t: fetch(t, following), barrier=False)
+                    block.phase(lambda t: fetch(t, hold(before + step + 1)), barrier=False)
                 block.phase(lambda t: None)  # the next turn overwrites what is staged
             block.across(sums, _SAME_ROWS, operator.add)
             block.phase(keep)
             block.phase(write)
 
-        launch([(weight.tiles + tiles - 1) // tiles], warps * WARP, self.serial, body, waits=True)
+        grid = [(weight.tiles + tiles - 1) >> T.cast(T.int32(most) - shift, "int64")]
+        launch(grid, warps * WARP, self.serial, body, waits=True)
 
     def _dot_rows(self, weight: "_Weight", x: Any, y: Any, rows: int) -> None:
         """A block for a tile and ``rows`` rows of floats; its warps take 8 groups in turn."""
@@ -710,8 +765,34 @@ def _gather_quad(tile: "_Tile", y: Any, i: Expr, row: Expr, quad: Expr) -> None:
             store(y, value * scale * row_scale, i, quad * 4 + byte)
 
 
-_Read = Callable[[Expr, Expr], Expr]
-"""A column of a row, for a thread."""
+_Staging = tuple[Callable[[], None], Callable[[Expr], None]]
+"""What a product does to have records in shared memory: before it waits, and from a group on."""
+
+_Put = Callable[[int, Expr, int | Expr, Expr], None]
+"""Writes a word of a record: digit, group, which word, value."""
+
+
+def columns_of(source: Source) -> int:
+    """The columns of a row."""
+    return source.size if isinstance(source, Gate) else source.columns
+
+
+def declare(source: Source, b: Expr, s: Expr) -> list[Any]:
+    """Declares what rows are made of as the next parameters."""
+    if isinstance(source, Gate):
+        return [param("G", (b, s, source.gate.width)), param("U", (b, s, source.up.width))]
+    shape, weight = (b, s, source.columns), (source.columns,)
+    if isinstance(source, Rows):
+        return [param("X", shape)]
+    if isinstance(source, Norm):
+        return [param("X", shape), param("weight", weight)]
+    names = ["R", "Y", "weight", *([] if source.inner_eps is None else ["inner"])]
+    return [param(name, shape if name in "RY" else weight) for name in names]
+
+
+def _total(source: Source, b: Expr, s: Expr) -> Any:
+    """Declares where the sum of a residual goes as the next parameter."""
+    return param("H", (b, s, source.columns)) if isinstance(source, Residual) else None
 
 
 def _gelu_tanh(x: Expr) -> Expr:
@@ -726,56 +807,181 @@ def _silu(x: Expr) -> Expr:
 _ACTIVATIONS: Final = {"gelu_tanh": _gelu_tanh, "silu": _silu}
 
 
-def _rms_factor(block: Block, read: _Read, k: Expr, eps: float) -> Private:
-    """What an RMS norm multiplies a row by; a thread reads the columns that it will round."""
-    squares, factor = block.private(1), block.private(1)
+class _Row:
+    """A row that the threads of a block hold, quads of columns in turn."""
 
-    def accumulate(t: Expr) -> None:
-        squares.set(t, T.float32(0))
+    def __init__(self, block: Block, columns: int) -> None:
+        self.block, self._columns = block, columns
+        self._quads = -(-columns // (4 * block.threads))
 
-        def quad(i: Expr) -> None:
-            for byte in range(4):
-                with when(i * 4 + byte < k):
-                    value = hold(read(t, i * 4 + byte))
-                    squares.add(t, value * value)
+    def room(self) -> Private:
+        """Make room for numbers."""
+        return self.block.private(4 * self._quads)
 
-        strided(t, _ROUNDERS, (k + 3) // 4, quad)
+    def each(self, t: Expr, body: Callable[[Expr, int], None]) -> None:
+        """Run ``body(column, which of the thread's)`` for the columns of a thread."""
+        for i in range(4 * self._quads):
+            column = hold(self._quad(i // 4, t) * 4 + i % 4)
+            with when(column < self._columns):
+                body(column, i)
 
-    block.phase(accumulate)
-    total = block.reduce(squares, operator.add, 0.0)
-    block.phase(lambda t: factor.set(t, deviation(total(), k, eps)), barrier=False)
-    return factor
+    def load(self, into: Private, read: Callable[[Expr], Expr]) -> None:
+        """Read all columns; zeros follow them."""
+
+        def body(t: Expr) -> None:
+            into.fill(t, T.float32(0))
+            self.each(t, lambda column, i: into.set(t, read(column), i))
+
+        self.block.phase(body, barrier=False)
+
+    def normalize(self, values: Private, gains: Private, eps: float) -> None:
+        """Divide by the root of the mean square and multiply by gains."""
+        squares = self.block.private(1)
+
+        def square(t: Expr) -> None:
+            squares.set(t, T.float32(0))
+            for i in range(values.count):
+                squares.add(t, values.get(t, i) * values.get(t, i))
+
+        self.block.phase(square, barrier=False)
+        total = self.block.reduce(squares, operator.add, 0.0)
+
+        def scale(t: Expr) -> None:
+            factor = hold(deviation(total(), int64(self._columns), eps))
+            for i in range(values.count):
+                values.set(t, values.get(t, i) * factor * gains.get(t, i), i)
+
+        self.block.phase(scale, barrier=False)
+
+    def round(self, values: Private, fmt: ActivationFormat, put: _Put) -> None:
+        """Round to records."""
+        for i in range(self._quads):
+            quad = partial(self._quad, i)
+            _round_quads(self.block, values, 4 * i, quad, groups(self._columns), fmt, put)
+
+    def _quad(self, i: int, t: Expr) -> Expr:
+        return t + i * self.block.threads
 
 
-def _scaled(read: _Read, factor: Private, weight: Any) -> _Read:
-    """A normalized row."""
-    return lambda t, column: read(t, column) * factor.get(t) * weight[column]
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    """Makes a row; ``early`` is what needs nothing that other kernels write."""
+
+    early: Callable[[], None]
+    late: Callable[[], Private]
 
 
-def _round_row(
-    block: Block, read: _Read, q: Any, fmt: ActivationFormat, row: Expr, k: Expr
-) -> None:
-    """Round all columns of a row."""
-    with T.serial(T.int64(0), (q.shape[1] * QUADS + _ROUNDERS - 1) // _ROUNDERS) as step:
-        _round_quads(block, read, q, fmt, row, k, step)
+def _as_it_is(
+    _: Rows, row: _Row, inputs: list[Any], _total: Any, at: tuple[Expr, ...], keeps: Expr
+) -> _Maker:
+    (x,) = inputs
+    values = row.room()
+
+    def late() -> Private:
+        row.load(values, lambda column: x[(*at, column)])
+        return values
+
+    return _Maker(lambda: None, late)
+
+
+def _normalized(
+    norm: Norm, row: _Row, inputs: list[Any], _total: Any, at: tuple[Expr, ...], keeps: Expr
+) -> _Maker:
+    x, weight = inputs
+    values, gains = row.room(), row.room()
+
+    def late() -> Private:
+        row.load(values, lambda column: x[(*at, column)])
+        row.normalize(values, gains, norm.eps)
+        return values
+
+    return _Maker(lambda: row.load(gains, lambda column: weight[column]), late)
+
+
+def _added(
+    residual: Residual, row: _Row, inputs: list[Any], total: Any, at: tuple[Expr, ...], keeps: Expr
+) -> _Maker:
+    rest, added, weight, *inner = inputs
+    values, terms, gains = row.room(), row.room(), row.room()
+    inner_gains = row.room() if inner else gains
+
+    def early() -> None:
+        row.load(gains, lambda column: weight[column])
+        if inner:
+            row.load(inner_gains, lambda column: inner[0][column])
+
+    def late() -> Private:
+        row.load(terms, lambda column: added[(*at, column)])
+        row.load(values, lambda column: rest[(*at, column)])
+        if residual.inner_eps is not None:
+            row.normalize(terms, inner_gains, residual.inner_eps)
+
+        def add(t: Expr) -> None:
+            for i in range(values.count):
+                values.add(t, terms.get(t, i), i)
+
+        def keep(t: Expr) -> None:
+            with nullcontext() if keeps is None else when(keeps):
+                row.each(t, lambda column, i: store(total, values.get(t, i), *at, column))
+
+        row.block.phase(add, barrier=False)
+        row.block.phase(keep, barrier=False)
+        row.normalize(values, gains, residual.eps)
+        return values
+
+    return _Maker(early, late)
+
+
+def _gated(
+    gate: Gate, row: _Row, inputs: list[Any], _total: Any, at: tuple[Expr, ...], keeps: Expr
+) -> _Maker:
+    opener, gated = inputs
+    values, factors = row.room(), row.room()
+
+    def late() -> Private:
+        row.load(values, lambda column: opener[(*at, gate.gate.offset + column)])
+        row.load(factors, lambda column: gated[(*at, gate.up.offset + column)])
+
+        def multiply(t: Expr) -> None:
+            for i in range(values.count):
+                opened = _ACTIVATIONS[gate.function](values.get(t, i))
+                values.set(t, opened * factors.get(t, i), i)
+
+        row.block.phase(multiply, barrier=False)
+        return values
+
+    return _Maker(lambda: None, late)
+
+
+_MAKERS: Final[Mapping[type, Callable[..., _Maker]]] = {
+    Rows: _as_it_is,
+    Norm: _normalized,
+    Residual: _added,
+    Gate: _gated,
+}
 
 
 def _round_quads(
-    block: Block, read: _Read, q: Any, fmt: ActivationFormat, row: Expr, k: Expr, step: Expr
+    block: Block,
+    values: Private,
+    first: int,
+    quad: Callable[[Expr], Expr],
+    count: int | Expr,
+    fmt: ActivationFormat,
+    put: _Put,
 ) -> None:
-    """Round the columns of a step, 4 a thread; the 8 threads of a group share its scale and sum."""
-    values, peak, scale = block.private(4), block.private(1, "int32"), block.private(1)
+    """Round the quad of columns that each thread holds from ``first`` on, of ``count`` groups.
+
+    The 8 threads of a group share its scale and sum.
+    """
+    peak, scale = block.private(1, "int32"), block.private(1)
     words, totals = block.private(fmt.digits, "int32"), block.private(fmt.digits, "int32")
 
     def look(t: Expr) -> None:
         peak.set(t, T.int32(0))
         for byte in range(4):
-            values.set(t, T.float32(0), byte)
-            column = hold((step * _ROUNDERS + t) * 4 + byte)
-            with when(column < k):
-                values.set(t, read(t, column), byte)
             # The bits of magnitudes order like integers, NaN on top: it ends in the scale.
-            bits = T.reinterpret("int32", values.get(t, byte)) & 0x7FFFFFFF
+            bits = T.reinterpret("int32", values.get(t, first + byte)) & 0x7FFFFFFF
             peak.set(t, T.max(peak.get(t), bits))
 
     def round_all(t: Expr) -> None:
@@ -787,7 +993,7 @@ def _round_quads(
         offset = T.reinterpret("int32", hold(T.float32(_ROUND)))
         rest = registers(4, "int32")
         for byte in range(4):
-            rounded = hold(values.get(t, byte) / divisor + T.float32(_ROUND))
+            rounded = hold(values.get(t, first + byte) / divisor + T.float32(_ROUND))
             store(rest, T.reinterpret("int32", rounded) - offset, byte)
         for digit in reversed(range(fmt.digits)):
             # A digit is what is left, over its weight; half of the weight rounds to nearest.
@@ -801,15 +1007,15 @@ def _round_quads(
                 words.set(t, words.get(t, digit) | (value & 255) << (8 * byte), digit)
 
     def write(t: Expr) -> None:
-        quad = hold(step * _ROUNDERS + t)
-        with when(quad < q.shape[1] * QUADS):
+        at = hold(quad(t))
+        with when(at < count * QUADS):
             for digit in range(fmt.digits):
-                at = row * fmt.digits + (fmt.digits - 1 - digit), quad // QUADS
-                store(q, words.get(t, digit), *at, quad % QUADS)
-                with when(quad % QUADS == 0):
+                line, group = fmt.digits - 1 - digit, at // QUADS
+                put(line, group, at % QUADS, words.get(t, digit))
+                with when(at % QUADS == 0):
                     weighted = hold(scale.get(t) * T.float32(1 << 8 * digit))
-                    store(q, T.reinterpret("int32", weighted), *at, WORDS - 2)
-                    store(q, totals.get(t, digit), *at, WORDS - 1)
+                    put(line, group, WORDS - 2, T.reinterpret("int32", weighted))
+                    put(line, group, WORDS - 1, totals.get(t, digit))
 
     block.phase(look, barrier=False)
     block.across(peak, _GROUP_LANES, T.max)
@@ -971,6 +1177,15 @@ class _Run:
     length: Expr
     start: Expr
     codes: Expr
+
+    def announce(self, block: Block, lane: Expr) -> None:
+        """Have a warp bring the block into the GPU's cache: its data will be asked for soon."""
+        lines = -(-BLOCK * (SIDE + self.tile.fmt.bits * VECTOR) // _LINE)
+        for at in range(0, lines, WARP):
+            with when(lane + at < lines):
+                block.announce(
+                    self.tile.weight.words, (self.start * VECTOR + (lane + at) * _LINE) // 4
+                )
 
     def group(self, i: Expr) -> "_Group":
         """A group by its place in the block."""

@@ -24,7 +24,14 @@ from mxcompile.targets import (
     cuda_schedule,
 )
 from mxcompile.targets.cpu_attention import Attention, Caches, Mask, Rotation
-from mxcompile.targets.cpu_matmul import Gate, Instructions, MatmulKernel
+from mxcompile.targets.cpu_matmul import (
+    Gate,
+    Instructions,
+    MatmulKernel,
+    Norm,
+    Residual,
+    Source,
+)
 from mxcompile.targets.cpu_norm import Columns, Runs, Simd
 from mxcompile.targets.cuda_attention import CudaAttention
 from mxcompile.targets.cuda_matmul import CudaMatmul
@@ -40,16 +47,17 @@ class MatmulTemplates(Protocol):
     def quantize_activation(self, fmt: ActivationFormat) -> PrimFunc:
         """Make ``(X, Q)``."""
 
-    def normalize_activation(self, eps: float, fmt: ActivationFormat) -> PrimFunc | None:
-        """Make ``(X, weight, Q)``; None where a norm and rounding are two kernels."""
+    def normalize_activation(self, norm: Norm, fmt: ActivationFormat) -> PrimFunc:
+        """Make ``(X, weight, Q)``."""
 
-    def residual_activation(
-        self, eps: float, fmt: ActivationFormat, inner_eps: float | None
-    ) -> PrimFunc | None:
-        """Make ``(R, Y, weight, [inner,] H, Q)``; None where each step is a kernel."""
+    def residual_activation(self, residual: Residual, fmt: ActivationFormat) -> PrimFunc:
+        """Make ``(R, Y, weight, [inner,] H, Q)``."""
 
-    def gate_activation(self, gate: Gate, fmt: ActivationFormat) -> PrimFunc | None:
-        """Make ``(G, U, Q)``; None where a gate and rounding are two kernels."""
+    def gate_activation(self, gate: Gate, fmt: ActivationFormat) -> PrimFunc:
+        """Make ``(G, U, Q)``."""
+
+    def matmul_rounded(self, source: Source, fmt: ActivationFormat) -> PrimFunc | None:
+        """Make ``(*source, W, table, [H,] Y)`` for one row; None where rounding is a kernel."""
 
     def matmul_quantized(self, fmt: ActivationFormat) -> PrimFunc:
         """Make ``(Q, W, table, Y)``."""

@@ -33,6 +33,8 @@ from mxcompile.targets.cpu_matmul import (
     Instructions,
     Knobs,
     MatmulKernel,
+    Norm,
+    Residual,
     activation_bytes,
 )
 from mxcompile.targets.cpu_norm import Columns
@@ -41,8 +43,8 @@ from tests import arm
 
 UNIT = 2.0**-24
 EPSILON = 1e-6
-GATED = (70,)
-"""Columns of gates."""
+NORMED, GATED = (1, 70, 1300), (70,)
+"""Columns of norms and of gates."""
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 REQUIRES = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "avx2": "avx2", "generic": None}
@@ -72,11 +74,15 @@ def kernels(kernel: MatmulTemplates) -> dict[str, Callable[[], Any]]:
         "gather_rows": kernel.gather_rows,
     }
     for fmt in ACTIVATION_FORMATS.values():
-        residual = partial(kernel.residual_activation, EPSILON, fmt)
         make[f"quantize_{fmt}"] = partial(kernel.quantize_activation, fmt)
-        make[f"normalize_{fmt}"] = partial(kernel.normalize_activation, EPSILON, fmt)
-        make[f"residual_{fmt}"] = partial(residual, None)
-        make[f"residual_normed_{fmt}"] = partial(residual, 2 * EPSILON)
+        for columns in NORMED:
+            norm = Norm(columns, EPSILON)
+            plain, normed = (Residual(columns, EPSILON, eps) for eps in (None, 2 * EPSILON))
+            make[f"normalize_{columns}_{fmt}"] = partial(kernel.normalize_activation, norm, fmt)
+            make[f"residual_{columns}_{fmt}"] = partial(kernel.residual_activation, plain, fmt)
+            make[f"residual_normed_{columns}_{fmt}"] = partial(
+                kernel.residual_activation, normed, fmt
+            )
         make[f"matmul_{fmt}"] = partial(kernel.matmul_quantized, fmt)
         for function, size in itertools.product(("gelu_tanh", "silu"), GATED):
             places = (Columns(2 * size + 5, 1), Columns(2 * size + 5, 4 + size))
@@ -345,7 +351,7 @@ def test_quantize(library: Library, m: int, columns: int) -> None:
     assert np.abs(codes).max() == 127
 
 
-@pytest.mark.parametrize("columns", [1, 17, 70, 1300])
+@pytest.mark.parametrize("columns", NORMED)
 @pytest.mark.parametrize("lead", [(1, 1), (1, 5), (3, 40)])
 @pytest.mark.parametrize("fmt", ACTIVATION_FORMATS.values(), ids=str)
 def test_a_norm_is_rounded(
@@ -355,7 +361,7 @@ def test_a_norm_is_rounded(
     x, weight = activations(m, columns), activations(1, columns)[0]
     shape = (m, activation_bytes(columns, fmt))
     args = x.reshape(*lead, columns), weight
-    q = np.asarray(library(f"normalize_{fmt}", *args, shape=shape, dtype="i1"))
+    q = np.asarray(library(f"normalize_{columns}_{fmt}", *args, shape=shape, dtype="i1"))
     check_rounded_norm(library, q, fmt, x, weight)
 
 
@@ -396,6 +402,14 @@ def test_a_gate_is_rounded(
     m = lead[0] * lead[1]
     wide = activations(m, 2 * columns + 5) * 3
     gate, up = wide[:, 1 : 1 + columns], wide[:, 4 + columns : 4 + 2 * columns]
+    product, error = gated(function, gate, up)
+    shape, args = (m, activation_bytes(columns, fmt)), [wide.reshape(*lead, -1)] * 2
+    q = np.asarray(library(f"{function}_{columns}_{fmt}", *args, shape=shape, dtype="i1"))
+    check_rounded(library, q, fmt, product, error)
+
+
+def gated(function: str, gate: F32, up: F32) -> tuple[F64, F64]:
+    """``act(gate) * up``, and what float32 may be off."""
     x = gate.astype(float)
     if function == "silu":
         opened = x / (1 + np.exp(-x))
@@ -406,10 +420,7 @@ def test_a_gate_is_rounded(
         # tanh is within 4e-7, and what it is of is rounded four times where its slope is at most 1.
         slope = np.abs(inner) / np.cosh(np.minimum(np.abs(inner), 300)) ** 2
         error = 0.5 * np.abs(x) * (4e-7 + 2 * UNIT + 6 * UNIT * slope) + 3 * UNIT * np.abs(opened)
-    error = error * np.abs(up) + UNIT * np.abs(opened * up)
-    shape, args = (m, activation_bytes(columns, fmt)), [wide.reshape(*lead, -1)] * 2
-    q = np.asarray(library(f"{function}_{columns}_{fmt}", *args, shape=shape, dtype="i1"))
-    check_rounded(library, q, fmt, opened * up, error)
+    return opened * up, error * np.abs(up) + UNIT * np.abs(opened * up)
 
 
 def normalized(x: F32, eps: float) -> F64:
@@ -418,7 +429,7 @@ def normalized(x: F32, eps: float) -> F64:
     return found
 
 
-@pytest.mark.parametrize("columns", [1, 70, 1300])
+@pytest.mark.parametrize("columns", NORMED)
 @pytest.mark.parametrize("lead", [(1, 1), (3, 40)])
 @pytest.mark.parametrize("fmt", ACTIVATION_FORMATS.values(), ids=str)
 @pytest.mark.parametrize("inner", [False, True])
@@ -431,7 +442,7 @@ def test_a_sum_is_kept_and_its_norm_rounded(
     total = np.full((*lead, columns), np.nan, np.float32)
     weights = (weight, scale) if inner else (weight,)
     wide = (x.reshape(*lead, columns) for x in (rest, added))
-    name = f"residual_normed_{fmt}" if inner else f"residual_{fmt}"
+    name = f"residual{'_normed' if inner else ''}_{columns}_{fmt}"
     out = np.full((m, activation_bytes(columns, fmt)), 85, np.int8)
     h, q = library.call(name, *wide, *weights, total, out, outputs=2)
     term = normalized(added, 2 * EPSILON) * scale if inner else added.astype(float)

@@ -13,14 +13,19 @@ import pytest
 
 from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, GROUP, ActivationFormat, groups
 from mxcompile.plan import ROW_TILE, TileFormats
-from tests.cuda import Reading, readings
+from mxcompile.targets.cpu_matmul import Gate, Norm, Residual, Rows, Source
+from mxcompile.targets.cpu_norm import Columns
+from tests.cuda import SERIAL, Reading, readings
 from tests.test_cpu_matmul import (
     CHECKS,
     MIX,
+    UNIT,
     Library,
     Weight,
     activations,
+    gated,
     kernels,
+    normalized,
     parts,
     quantized,
     test_a_gate_is_rounded,
@@ -53,8 +58,13 @@ def compiled(reading: Reading) -> Library:
 
 
 @pytest.fixture(params=readings(), ids=str)
-def library(request: pytest.FixtureRequest) -> Library:
-    return compiled(request.param)
+def reading(request: pytest.FixtureRequest) -> Reading:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def library(reading: Reading) -> Library:
+    return compiled(reading)
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
@@ -82,6 +92,69 @@ def test_wide_and_tall(
     """More columns than wait at once, and tiles enough for each warp to have its own."""
     weight = Weight.random(tiles * ROW_TILE, columns, TileFormats.parse(f"int3,int8*{tiles - 1}"))
     check(library, weight, activations(1, columns))
+
+
+SOURCES: dict[str, Source] = {
+    "rows": Rows(70),
+    "norm": Norm(1300, 1e-6),
+    "sum": Residual(640, 1e-6, None),
+    "normed sum": Residual(300, 1e-6, 1e-5),
+    "gate": Gate("gelu_tanh", 70, Columns(145, 1), Columns(145, 74)),
+}
+
+
+@pytest.mark.parametrize("fmt", ACTIVATION_FORMATS.values(), ids=str)
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_row_is_made_rounded_and_multiplied(
+    reading: Reading, name: str, fmt: ActivationFormat
+) -> None:
+    source = SOURCES[name]
+    columns = source.size if isinstance(source, Gate) else source.columns
+    kernel = reading.matmul.matmul_rounded(source, fmt)
+    weight = Weight.random(6 * ROW_TILE, columns, TileFormats.parse(MIX))
+    count = 1 if isinstance(source, Rows) else 2
+    inputs = list(activations(4, columns)[:count, None, None])
+    if isinstance(source, Norm):
+        inputs[1] = inputs[1].reshape(-1)
+    elif isinstance(source, Residual):
+        rows = activations(3 if source.inner_eps is None else 4, columns)
+        inputs = [*rows[:2, None, None], *rows[2:]]
+    elif isinstance(source, Gate):
+        inputs = [activations(1, source.up.width)[None] * 3] * 2
+    total = np.full((1, 1, columns), np.nan, np.float32)
+    outputs = [*([total] if isinstance(source, Residual) else []), np.full((1, 96), np.nan, "f4")]
+    tensors = [reading.tensor(x) for x in (*inputs, *weight.arguments, *outputs)]
+    reading.build({"rounded": kernel})["rounded"](*tensors)
+    y = tensors[-1].numpy()
+
+    x = inputs[0].reshape(1, -1)
+    exact, error = x.astype(float), np.zeros((1, columns))
+    if isinstance(source, Gate):
+        gate, up = x[:, 1 : 1 + columns], x[:, 74 : 74 + columns]
+        exact, error = gated(source.function, gate, up)
+    elif not isinstance(source, Rows):
+        if isinstance(source, Residual):
+            term = inputs[1].reshape(1, -1).astype(float)
+            if source.inner_eps is not None:
+                term = normalized(inputs[1].reshape(1, -1), source.inner_eps) * inputs[3]
+            found = tensors[-2].numpy().reshape(1, -1)
+            bound = (columns + 8) * UNIT * (np.abs(term) + np.abs(x))
+            assert (np.abs(found - (x + term)) <= bound).all()
+            x = found
+        exact = normalized(x, source.eps) * inputs[2 if isinstance(source, Residual) else 1]
+        error = (columns + 8) * UNIT * np.abs(exact)
+    # Half a step of each group, as float32 divides and rounds; then sums of groups in float32.
+    top = np.zeros((1, groups(columns) * GROUP))
+    top[:, :columns] = np.abs(exact) + error
+    step = np.repeat(top.reshape(1, -1, GROUP).max(2), GROUP, 1)[:, :columns] / fmt.top
+    off = step * (0.5 + 4 * fmt.top * UNIT) + error
+    sizes = np.abs(weight.values)
+    bound = off @ sizes.T + (groups(columns) + 8) * UNIT * (np.abs(exact) + off) @ sizes.T
+    assert (np.abs(y - exact @ weight.values.T) <= bound).all()
+
+
+def test_long_rows_are_rounded_once() -> None:
+    assert SERIAL.matmul.matmul_rounded(Rows(4096), ACTIVATION_FORMATS["int8"]) is None
 
 
 @pytest.mark.parametrize("columns", [1, 4, 70, 256, 640])
