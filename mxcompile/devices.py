@@ -4,6 +4,7 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -99,16 +100,11 @@ class Device:
         """A TVM tensor of an array: on its memory if the device shares it."""
         if self.shares:
             return to_tensor(array)
+        array = np.ascontiguousarray(array)
         tensor = _allocate(self.number, array.shape, array.dtype)
-        self.refresh(tensor, array)
+        copy = _runtime("runtime.TVMTensorCopyFromBytes")
+        copy(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
         return tensor
-
-    def refresh(self, tensor: Any, array: NDArray[Any]) -> None:
-        """Let a tensor that was made of an array follow the array's changes."""
-        if not self.shares:
-            array = np.ascontiguousarray(array)
-            copy = interface().get_global_func("runtime.TVMTensorCopyFromBytes")
-            copy(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
 
     def array(self, tensor: Any, into: NDArray[Any] | None = None) -> NDArray[Any]:
         """The numbers of a tensor: its memory if the device shares it, else ``into`` or new memory.
@@ -118,19 +114,73 @@ class Device:
         if self.shares:
             return np.from_dlpack(tensor)
         array = np.empty(tuple(tensor.shape), str(tensor.dtype)) if into is None else into
-        copy = interface().get_global_func("runtime.TVMTensorCopyToBytes")
+        copy = _runtime("runtime.TVMTensorCopyToBytes")
         copy(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
         return array
 
     def landing(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
         """Memory for ``array`` to copy into, page-locked, so that a GPU writes it by itself."""
-        if self.number == CPU:
-            return np.empty(shape, dtype)
-        return np.from_dlpack(_allocate(CUDA_HOST, shape, np.dtype(dtype)))
+        return np.from_dlpack(self.beside(shape, np.dtype(dtype)))
+
+    def beside(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Any:
+        """A TVM tensor of the CPU's, page-locked where there is a GPU to reach it by itself."""
+        return _allocate(CPU if self.number == CPU else CUDA_HOST, shape, dtype)
+
+
+class Mirror:
+    """Small arrays of one type and a device's tensors of them, which follow in one copy.
+
+    Attributes:
+        arrays: What the caller changes.
+        tensors: What programs take; they stay where they are.
+    """
+
+    def __init__(self, device: Device, shapes: Sequence[Sequence[int]], dtype: DTypeLike) -> None:
+        kind = np.dtype(dtype)
+        sizes = [math.prod(shape) * kind.itemsize for shape in shapes]
+        # Each begins where kernels may use vector loads.
+        ends = list(itertools.accumulate(-(-n // weights.ALIGNMENT) for n in sizes))
+        starts = [end * weights.ALIGNMENT for end in (0, *ends[:-1])]
+        whole = (ends[-1] * weights.ALIGNMENT,)
+        self._here = device.beside(whole, np.dtype(np.uint8))
+        self._there = self._here if device.shares else device.tensor(np.zeros(whole, np.uint8))
+        views = [
+            [_view(tensor, shape, kind, start) for shape, start in zip(shapes, starts, strict=True)]
+            for tensor in (self._here, self._there)
+        ]
+        self.arrays: tuple[NDArray[Any], ...] = tuple(map(np.from_dlpack, views[0]))
+        self.tensors = tuple(views[1])
+        for array in self.arrays:
+            array[...] = 0
+
+    def refresh(self) -> None:
+        """Let the tensors have what the arrays hold.
+
+        The copy takes its turn before what is run on the device afterwards, and may not be done on
+        return: the arrays are to stay until something that was computed from them is read.
+        """
+        if self._there is not self._here:
+            _runtime("runtime.TVMTensorCopyFromTo")(self._here, self._there)
+
+
+@functools.cache
+def _runtime(name: str) -> Any:
+    """A function of TVM's runtime; to look one up takes as long as a small copy."""
+    return interface().get_global_func(name)
 
 
 def _allocate(number: int, shape: Sequence[int], dtype: np.dtype[Any]) -> Any:
     """A TVM tensor on a kind of device."""
-    allocate = interface().get_global_func("runtime.TVMTensorAllocWithScope")
+    allocate = _runtime("runtime.TVMTensorAllocWithScope")
     where = interface().device(number, 0)
     return allocate(interface().Shape(shape), str(dtype), where, None)
+
+
+def _view(tensor: Any, shape: Sequence[int], dtype: np.dtype[Any], start: int) -> Any:
+    """A TVM tensor on the bytes of another from ``start``, an aligned place, on."""
+    view = _runtime("runtime.TVMTensorCreateView")(
+        tensor, interface().Shape(shape), str(dtype), start
+    )
+    # That has the other's address and an offset, which kernels refuse. This moves the address; it
+    # would copy for a device that cannot compute with addresses, and the CPU and CUDA can.
+    return _runtime("vm.builtin.ensure_zero_offset")(view)

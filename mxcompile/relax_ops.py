@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import tvm
 import tvm.sym
-from tvm import relax, tirx, topi
+from tvm import relax, te, tirx, topi
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from mxcompile import graph
@@ -297,8 +297,22 @@ def _gather(scope: Scope, node: ir.Node) -> Expr:
     """A gather that fuses with its neighbours: TVM holds places that are read to be opaque."""
     data, index = (scope.tensor(value) for value in node.inputs)
     axis, attributes = _axis(node, len(shape_of(data)), 0), {"op_pattern": INJECTIVE}
-    mode = "fast" if _lies_within(node.inputs[1], shape_of(data)[axis]) else "clip"
-    return scope.bb.call_te(topi.take, data, index, axis=axis, mode=mode, primfunc_attrs=attributes)
+    if _is(shape_of(data)[axis], 1) and shape_of(index) == (1,):
+        return data  # the only place that there is
+    if _lies_within(node.inputs[1], shape_of(data)[axis]):
+        return scope.bb.call_te(take, data, index, axis, primfunc_attrs=attributes)
+    return scope.bb.call_te(topi.take, data, index, axis, mode="clip", primfunc_attrs=attributes)
+
+
+def take(data: te.Tensor, index: te.Tensor, axis: int) -> te.Tensor:
+    """Numbers of ``data`` at places that all lie within: what topi prints a warning for."""
+    end = axis + len(index.shape)
+
+    def number(*at: tirx.Var) -> Expr:
+        return data(*at[:axis], index(*at[axis:end]), *at[end:])
+
+    shape = (*data.shape[:axis], *index.shape, *data.shape[axis + 1 :])
+    return te.compute(shape, number, name="take")
 
 
 def _lies_within(index: ir.Value | None, size: Dim) -> bool:

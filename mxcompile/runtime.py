@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from mxcompile import artifact as artifacts
 from mxcompile import machine, target, weights
 from mxcompile.artifact import Artifact, TensorSpec
-from mxcompile.devices import Device, aligned, interface
+from mxcompile.devices import Device, Mirror, aligned, interface
 from mxcompile.errors import ArtifactError, UsageError
 from mxcompile.machine import Machine
 
@@ -272,19 +272,16 @@ class _Inputs:
 
     def __init__(self, size: int, device: Device) -> None:
         self.size = size
-        self._device = device
-        self._ids, self._positions = aligned((1, size), np.int64), aligned((1, size), np.int64)
-        self._past = aligned((1,), np.int64)
-        self._all, self._last = aligned((size,), np.int64), aligned((1,), np.int64)
-        self._all[:], self._last[:] = np.arange(size), size - 1
-        self._changing = (self._ids, self._positions, self._past)
-        self._tensors = tuple(map(device.tensor, self._changing))
-        self._selections = {"all": device.tensor(self._all), "last": device.tensor(self._last)}
+        self._mirror = Mirror(device, [(1, size), (1, size), (1,)], np.int64)
+        self._selections = {
+            "all": device.tensor(np.arange(size)),
+            "last": device.tensor(np.array([size - 1])),
+        }
 
     def fill(self, ids: NDArray[np.int64], past: int, logits: str) -> tuple[Any, ...]:
         """The tensors for ``ids`` after ``past`` others."""
-        self._ids[0], self._past[0] = ids, past
-        self._positions[0] = np.arange(past, past + self.size)
-        for tensor, array in zip(self._tensors, self._changing, strict=True):
-            self._device.refresh(tensor, array)
-        return *self._tensors, self._selections[logits]
+        tokens, positions, before = self._mirror.arrays
+        tokens[0], positions[0] = ids, np.arange(past, past + self.size)
+        before[0] = past
+        self._mirror.refresh()
+        return *self._mirror.tensors, self._selections[logits]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mxcompile import devices, gpu
+from mxcompile import devices, gpu, weights
 from mxcompile.devices import Device
 from mxcompile.errors import DeviceError
 from mxcompile.runtime import Program, Session
@@ -23,8 +23,6 @@ def test_copies_come_back(dtype: str) -> None:
     array[:] = 7
     expected = np.arange(24).reshape(2, 3, 4).transpose(1, 0, 2)
     np.testing.assert_array_equal(COPYING.array(tensor), expected)
-    COPYING.refresh(tensor, array.transpose(1, 0, 2))
-    np.testing.assert_array_equal(COPYING.array(tensor), array.transpose(1, 0, 2))
 
 
 def test_shared_memory_is_not_copied() -> None:
@@ -32,6 +30,25 @@ def test_shared_memory_is_not_copied() -> None:
     tensor = Device().tensor(array)
     array[1] = 3
     assert np.shares_memory(Device().array(tensor), array)
+
+
+@pytest.mark.parametrize("device", [Device(), COPYING], ids=["shared", "copied"])
+def test_a_mirror_follows_in_one_copy(device: Device) -> None:
+    shapes = [(1, 3), (9,), (2, 2)]
+    mirror = devices.Mirror(device, shapes, np.int64)
+    first = mirror.tensors[0].data_ptr()
+    for count in (1, 2):
+        for index, array in enumerate(mirror.arrays):
+            array[...] = 10 * count + index
+        mirror.refresh()
+        for index, (tensor, shape) in enumerate(zip(mirror.tensors, shapes, strict=True)):
+            found = device.array(tensor)
+            np.testing.assert_array_equal(found, np.full(shape, 10 * count + index, np.int64))
+            assert np.shares_memory(found, mirror.arrays[index]) == device.shares
+    # One memory, at places that kernels may use vector loads at.
+    places = [tensor.data_ptr() - first for tensor in mirror.tensors]
+    assert places == [0, weights.ALIGNMENT, 3 * weights.ALIGNMENT]
+    assert first % weights.ALIGNMENT == 0
 
 
 def test_a_decoder_runs_on_copies(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
