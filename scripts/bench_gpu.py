@@ -58,13 +58,13 @@ class Timer:
         self._runtime = ctypes.CDLL("libcudart.so.13")
         self._device, self._stream = device, ctypes.c_void_p()
         self._call("cudaStreamCreate", ctypes.byref(self._stream))
-        device.set_raw_stream(self._stream)
+        device.set_raw_stream(self._stream.value)
 
     def seconds(self, enqueue: Callable[[], None]) -> float:
         """The median time of a launch of what ``enqueue`` launches."""
         stream, graph, program = self._stream, ctypes.c_void_p(), ctypes.c_void_p()
         enqueue()  # loads the kernels
-        self._device.sync(stream)
+        self._device.sync(stream.value)
         relaxed = 2
         self._call("cudaStreamBeginCapture", stream, relaxed)
         enqueue()
