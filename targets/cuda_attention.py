@@ -4,8 +4,9 @@ What the kernels take is as in ``cpu_attention``. A block holds some rows, which
 neighbouring positions that share a key head, and walks the keys in tiles through shared memory:
 scores, their online softmax, weighted values. A decode step has few rows, so there several blocks
 share the keys of a head, in a block its warps, each in registers, and a second kernel joins what
-the blocks found (split-K attention, as in Flash-Decoding). Scores and sums are float32 on the
-ordinary cores.
+the blocks found (split-K attention, as in Flash-Decoding). The first of the two also turns the new
+queries and key, which every block does for itself: a kernel before it would take longer. Scores and
+sums are float32 on the ordinary cores.
 
 ``past`` lies in the GPU's memory: grids are sized without it, and blocks that get no keys say so.
 """
@@ -340,7 +341,6 @@ class CudaAttention:
             if fresh:
                 is_last = T.And(first < high, end == high)
                 end = hold(T.min(end, high - 1))
-            if fresh:
                 scan.prefetch(first, end)
                 fresh.run(is_last, chunk == 0, (key, value), high - 1)
                 scan.start(fresh.query)
