@@ -713,29 +713,17 @@ def _rotary(builder: _Builder, node: ir.Node) -> Expr:
     heads = int(node.attributes.get_int("num_heads", 0) or 0)
     if not heads or node.attributes.get_int("interleaved", 0) != 0 or len(node.inputs) > 3:
         raise UnsupportedError(f"{graph.describe(node)}: this form of it is not supported")
-    source = builder.source(node.inputs[0])
+    x, columns = builder.source(node.inputs[0])
     dim = _width(node.inputs[0]) // heads
     rotated = int(node.attributes.get_int("rotary_embedding_dim", 0) or 0)
     angles = [builder.tensor(v) for v in node.inputs[1:3]]
-    return _turned(builder, source, heads, dim, rotated, angles)
+    kernel = builder.kernel(builder.kernels.attention.rotary, heads, dim, rotated, columns)
+    return builder.call(kernel, [x, *angles], (*shape_of(x)[:-1], heads * dim))
 
 
 def _width(value: ir.Value | None) -> int:
     assert value is not None and value.shape is not None
     return int(value.shape[-1])  # type: ignore[arg-type]
-
-
-def _turned(
-    builder: _Builder,
-    source: tuple[Expr, cpu_norm.Columns],
-    heads: int,
-    dim: int,
-    rotated: int,
-    angles: Sequence[Expr],
-) -> Expr:
-    x, columns = source
-    kernel = builder.kernel(builder.kernels.attention.rotary, heads, dim, rotated, columns)
-    return builder.call(kernel, [x, *angles], (*shape_of(x)[:-1], heads * dim))
 
 
 def _cached_attention(builder: _Builder, node: ir.Node) -> list[Any]:
@@ -755,31 +743,32 @@ def _rotary_attention(builder: _Builder, node: ir.Node) -> list[Any]:
     q, k, v = (builder.source(x) for x in node.inputs[:3])
     angles = [builder.tensor(x) for x in node.inputs[3:5]]
     count = 0 if eps is None else 2
-    weights = [builder.constant(x) for x in node.inputs[5 : 5 + count]]
+    weight_values = node.inputs[5 : 5 + count]
+    weights = [builder.constant(x) for x in weight_values]
     past, *parts = (builder.scope.tensor(x) for x in node.inputs[5 + count :])
     attention, caches = _attention_of(node), _caches_of(node)
-    flat = (*shape_of(q[0])[:-1], attention.heads * attention.dim)
     placed = replace(attention, q=q[1], k=k[1], v=v[1])
-    kernel = builder.kernel(builder.kernels.attention.rotate, placed, caches, rotation)
-    if kernel is not None:
-        args = [q[0], k[0], v[0], *angles, *weights, past, *parts]
-        first = len(args) - len(parts)
-        both = [*(p.ty for p in parts), relax.TensorType(flat, "float32")]
-        *kept, turned = _in_place(builder, kernel, args, [*range(first, len(args)), -1], both)
-    else:
-        if eps is not None:
-            q, k = (
-                _head_norm(builder, x, heads, attention.dim, weight, eps)
-                for x, heads, weight in zip(
-                    (q, k), (attention.heads, attention.kv_heads), weights, strict=True
-                )
-            )
-        turned, keys = (
-            _turned(builder, x, heads, attention.dim, rotation.rotated, angles)
-            for x, heads in ((q, attention.heads), (k, attention.kv_heads))
-        )
-        kept = _appended(builder, attention, caches, _all(keys), v, past, parts)
+    are_constant = all(x is not None and x.const_value is not None for x in weight_values)
+    lead, templates = shape_of(q[0])[:-1], builder.kernels.attention
+    flat = relax.TensorType((*lead, attention.heads * attention.dim), "float32")
+    args = [q[0], k[0], v[0], *angles, *weights, past, *parts]
+    written, types = [*range(len(args) - len(parts), len(args))], [p.ty for p in parts]
+    if isinstance(lead[1], int) and lead[1] == 1 and are_constant:
+        kernel = builder.kernel(templates.attend_new, placed, caches, rotation)
+        if kernel is not None:
+            scratch = _scratch(builder, attention, lead[0])
+            places, types = [*written, -1, *(-1 for _ in scratch)], [*types, flat, *scratch]
+            found = _in_place(builder, kernel, args, places, types)
+            return [found[len(parts)], *found[: len(parts)]]
+    kernel = builder.kernel(templates.rotate, placed, caches, rotation)
+    *kept, turned = _in_place(builder, kernel, args, [*written, -1], [*types, flat])
     return [_attended(builder, attention, caches, _all(turned), past, kept), *kept]
+
+
+def _scratch(builder: _Builder, attention: cpu_attention.Attention, batch: Any) -> list[Any]:
+    """The types of the tensors that attention works in."""
+    shapes = builder.kernels.attention.scratch(attention)
+    return [relax.TensorType((batch, *shape), "float32") for shape in shapes]
 
 
 def _attention_of(node: ir.Node) -> cpu_attention.Attention:
@@ -804,20 +793,6 @@ def _caches_of(node: ir.Node) -> cpu_attention.Caches:
 def _all(tensor: Expr) -> tuple[Expr, cpu_norm.Columns]:
     """All columns of a tensor."""
     return tensor, cpu_norm.Columns(int(shape_of(tensor)[-1]))
-
-
-def _head_norm(
-    builder: _Builder,
-    source: tuple[Expr, cpu_norm.Columns],
-    heads: int,
-    dim: int,
-    weight: Expr,
-    eps: float,
-) -> tuple[Expr, cpu_norm.Columns]:
-    x, columns = source
-    runs = cpu_norm.Runs(dim, heads, 3, columns)
-    kernel = builder.kernel(builder.kernels.norm.rms_norm, runs, eps)
-    return _all(builder.call(kernel, [x, weight], (*shape_of(x)[:-1], heads * dim)))
 
 
 def _appended(
@@ -857,10 +832,9 @@ def _attended(
     placed = replace(attention, q=q[1])
     attend = builder.kernel(builder.kernels.attention.attend, placed, caches)
     batch, seq, _ = shape_of(q[0])
-    scratch = [(batch, *shape) for shape in builder.kernels.attention.scratch(attention)]
-    shapes = [(batch, seq, attention.heads * attention.dim), *scratch]
-    types = [relax.TensorType(shape, "float32") for shape in shapes]
-    out = builder.scope.emit(relax.call_tir(attend, [q[0], past, *parts], types))
+    flat = relax.TensorType((batch, seq, attention.heads * attention.dim), "float32")
+    scratch = _scratch(builder, attention, batch)
+    out = builder.scope.emit(relax.call_tir(attend, [q[0], past, *parts], [flat, *scratch]))
     return builder.scope.emit(relax.TupleGetItem(out, 0)) if scratch else out
 
 

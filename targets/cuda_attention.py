@@ -4,13 +4,14 @@ What the kernels take is as in ``cpu_attention``. A block holds some rows, which
 neighbouring positions that share a key head, and walks the keys in tiles through shared memory:
 scores, their online softmax, weighted values. A decode step has few rows, so there several blocks
 share the keys of a head, in a block its warps, each in registers, and a second kernel joins what
-the blocks found (split-K attention, as in Flash-Decoding). Scores and sums are float32 on the
-ordinary cores.
+the blocks found (split-K attention, as in Flash-Decoding). The first of the two also turns the new
+queries and key, which every block does for itself: a kernel before it would take longer. Scores and
+sums are float32 on the ordinary cores.
 
 ``past`` lies in the GPU's memory: grids are sized without it, and blocks that get no keys say so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -94,8 +95,8 @@ class CudaAttention:
 
                 block.phase(fetch, barrier=False)
                 place = (b, h, hold(past[0] + i))
-                key.write(caches.key, keys, place)
-                value.write(caches.value, values, place)
+                key.round(caches.key).write(keys, place)
+                value.round(caches.value).write(values, place)
 
             launch([batch * seq, a.kv_heads], _THREADS, self.serial, one)
 
@@ -103,61 +104,49 @@ class CudaAttention:
 
     def rotate(self, a: Attention, caches: Caches, rotation: Rotation) -> tirx.PrimFunc:
         """Make ``(q, k, v, cos, sin, [q_weight, k_weight,] past, *keys, *values, y)``."""
-        half = (rotation.rotated or a.dim) // 2
 
         def body() -> None:
             batch, seq, longest = symbol("batch"), symbol("seq"), symbol("longest")
-            q = param("q", (batch, seq, _columns(a.q, a.heads, a.dim).width))
-            k = param("k", (batch, seq, _columns(a.k, a.kv_heads, a.dim).width))
-            v = param("v", (batch, seq, _columns(a.v, a.kv_heads, a.dim).width))
-            cos, sin = (param(name, (batch, seq, half)) for name in ("cos", "sin"))
-            weights: list[Any] = []
-            if rotation.eps is not None:
-                weights = [param(name, (a.dim,)) for name in ("q_weight", "k_weight")]
+            new = _New.declare(a, rotation, batch, seq)
             past = param("past", (1,), "int64")
             keys, values = caches.declare(a, batch, longest)
             y = param("y", (batch, seq, a.heads * a.dim))
 
             def one(block: Block) -> None:
                 row, head = block.index
-                b, i = hold(row // seq), hold(row % seq)
-                is_query, h = head < a.heads, hold(head - a.heads)
+                at, h = (hold(row // seq), hold(row % seq)), hold(head - a.heads)
+                is_query = head < a.heads
 
-                def read(c: Expr) -> Expr:
-                    q_at = head * a.dim + _columns(a.q, a.heads, a.dim).offset + c
-                    k_at = h * a.dim + _columns(a.k, a.kv_heads, a.dim).offset + c
-                    return T.if_then_else(is_query, q[b, i, q_at], k[b, i, k_at])
+                def read(_row: int, c: Expr) -> Expr:
+                    return T.if_then_else(is_query, new.query(at, head, c), new.key(at, h, c))
 
-                def weight(c: Expr) -> Expr:
-                    return T.if_then_else(is_query, weights[0][c], weights[1][c])
+                def weight(_row: int, c: Expr) -> Expr:
+                    return T.if_then_else(is_query, new.weights[0][c], new.weights[1][c])
 
                 def value(c: Expr) -> Expr:
-                    at = h * a.dim + _columns(a.v, a.kv_heads, a.dim).offset + c
-                    return T.if_then_else(is_query, T.float32(0), v[b, i, at])
+                    return T.if_then_else(is_query, T.float32(0), new.value(at, h, c))
 
-                turned, new = _Row.of(block, a.dim), _Row.of(block, a.dim)
-                turn = _Turn(turned, half, rotation.eps)
+                turned, other = _Row.of(block, a.dim), _Row.of(block, a.dim)
+                turn = _Turn([turned], new.half, rotation.eps)
 
                 def fetch(t: Expr) -> None:
-                    turn.fetch(t, read, weight, lambda c: (cos[b, i, c], sin[b, i, c]))
-                    new.fetch(t, value)
+                    turn.fetch_weights(t, weight)
+                    turn.fetch(t, read, lambda c: new.angle(at, c))
+                    other.fetch(t, value)
 
                 block.phase(fetch, barrier=False)
                 turn.run()
                 with T.If(is_query):
                     with T.Then():
 
-                        def put(t: Expr) -> None:
-                            def column(c: Expr, e: int) -> None:
-                                store(y, turned.numbers.get(t, e), b, i, head * a.dim + c)
+                        def put(c: Expr, number: Expr) -> None:
+                            store(y, number, *at, head * a.dim + c)
 
-                            turned.each(t, column)
-
-                        block.phase(put, barrier=False)
+                        turned.put(put)
                     with T.Else():
-                        place = (b, h, hold(past[0] + i))
-                        turned.write(caches.key, keys, place)
-                        new.write(caches.value, values, place)
+                        place = (at[0], h, hold(past[0] + at[1]))
+                        turned.round(caches.key).write(keys, place)
+                        other.round(caches.value).write(values, place)
 
             launch([batch * seq, a.heads + a.kv_heads], _THREADS, self.serial, one)
 
@@ -210,16 +199,32 @@ class CudaAttention:
             out = param("out", (batch, seq, a.heads * a.dim))
             shares = param("shares", (batch, *self.scratch(a)[0]))
 
-            def source(b: Expr, h: Expr) -> _Source:
-                key, value = _cached(caches.key, keys, b, h), _cached(caches.value, values, b, h)
-                return _Source(a, q, b, h, key, value, past[0], past[0] + seq, None)
-
+            source = _cached_source(a, caches, q, past, seq, keys, values)
             with T.If(seq == 1):
                 with T.Then():
-                    strips = _Strips(caches.key, keys, a.dim), _Strips(caches.value, values, a.dim)
+                    strips = _strips(caches, keys, values, a.dim)
                     self._decode(a, source, *strips, out, shares, batch)
                 with T.Else():
                     self._prefill(a, source, out, batch, seq)
+
+        return build(body)
+
+    def attend_new(self, a: Attention, caches: Caches, rotation: Rotation) -> tirx.PrimFunc:
+        """Make ``(q, k, v, cos, sin, [q_weight, k_weight,] past, *keys, *values, out, shares)``.
+
+        It is ``rotate`` and ``attend`` for one position. No kernel may have written the weights.
+        """
+
+        def body() -> None:
+            batch, longest = symbol("batch"), symbol("longest")
+            new = _New.declare(a, rotation, batch, int64(1))
+            past = param("past", (1,), "int64")
+            keys, values = caches.declare(a, batch, longest)
+            out = param("out", (batch, 1, a.heads * a.dim))
+            shares = param("shares", (batch, *self.scratch(a)[0]))
+            source = _cached_source(a, caches, new.q, past, int64(1), keys, values)
+            strips = _strips(caches, keys, values, a.dim)
+            self._decode(a, source, *strips, out, shares, batch, new)
 
         return build(body)
 
@@ -304,8 +309,14 @@ class CudaAttention:
         out: Any,
         shares: Any,
         batch: Expr,
+        new: "_New | None" = None,
     ) -> None:
-        """One position: blocks share the keys, then the shares are joined."""
+        """One position: blocks share the keys, then the shares are joined.
+
+        If it is ``new``, its key is not in the cache yet. The block whose share it ends makes it,
+        and attends to what it has rather than to what it writes: the blocks that share a key head
+        do not wait for each other.
+        """
         # A head has scores in registers too.
         chunks = -(-a.group * max(key.columns, value.columns, 4) // _HELD)
         heads = -(-a.group // chunks)
@@ -316,12 +327,30 @@ class CudaAttention:
         def attend(block: Block) -> None:
             pair, split, chunk = block.index
             part = source(hold(pair // a.kv_heads), hold(pair % a.kv_heads))
-            scan = _Scan(block, part, key, value, hold(chunk * heads), heads)
-            low, high = part.visible(int64(0), int64(0))
+            member = hold(chunk * heads)
+            scan = _Scan(block, part, key, value, member, heads)
+            fresh = _Fresh(block, part, new, member, heads) if new else None
+            if fresh:
+                fresh.fetch()
+            # Positions in 32 bits: a GPU has no others in its instructions.
+            low, high = (hold(T.Cast("int32", x)) for x in part.visible(int64(0), int64(0)))
             share = (high - low + (self.splits - 1)) // self.splits
-            share = hold(T.max(share, int64(_LEAST)))
-            first = hold(T.min(low + split * share, high))
-            scan.run(first, hold(T.min(first + share, high)))
+            share = hold(T.max(share, T.int32(_LEAST)))
+            first = hold(T.min(low + T.Cast("int32", split) * share, high))
+            end = hold(T.min(first + share, high))
+            if fresh:
+                is_last = T.And(first < high, end == high)
+                end = hold(T.min(end, high - 1))
+                scan.prefetch(first, end)
+                fresh.run(is_last, chunk == 0, (key, value), high - 1)
+                scan.start(fresh.query)
+                with when(is_last):
+                    scan.take(fresh.key, fresh.value)
+                block.phase(lambda t: None)  # what is fresh may lie where shares are joined
+            else:
+                scan.start(lambda g, c: part.query(int64(0), T.min(member + g, a.group - 1), c))
+                scan.prefetch(first, end)
+            scan.walk(first, end)
 
             def put(g: Expr, c: int | Expr, number: Expr) -> None:
                 with when(g < a.group):
@@ -388,7 +417,8 @@ class CudaAttention:
             block.phase(mix, barrier=False)
 
         pairs = batch * a.kv_heads
-        launch([pairs, self.splits, chunks], _WARPS * WARP, self.serial, attend)
+        grid, waits = [pairs, self.splits, chunks], new is not None
+        launch(grid, _WARPS * WARP, self.serial, attend, waits=waits)
         launch([pairs, a.group, -(-a.dim // _THREADS)], _THREADS, self.serial, join)
 
 
@@ -403,12 +433,12 @@ class _Row:
     @classmethod
     def of(cls, block: Block, dim: int) -> "_Row":
         """Make room for one."""
-        return cls(block, dim, block.private(-(-dim // _THREADS)))
+        return cls(block, dim, block.private(-(-dim // block.threads)))
 
     def each(self, t: Expr, body: Callable[[Expr, int], None]) -> None:
         """Run ``body(column, which of the thread's)`` for the columns of a thread."""
         for e in range(self.numbers.count):
-            c = hold(e * _THREADS + t)
+            c = hold(e * self.block.threads + t)
             with when(c < self.dim):
                 body(c, e)
 
@@ -416,31 +446,43 @@ class _Row:
         """Load what a thread holds, by column."""
         self.each(t, lambda c, e: self.numbers.set(t, read(c), e))
 
-    def write(self, fmt: CacheFormat, parts: list[Any], place: tuple[Expr, ...]) -> None:
-        """Write it to a cache, as ``mxcompile.caches.encode`` says."""
-        if fmt.scaled:
-            self._encode(fmt, parts, place)
-            return
+    def put(self, write: Callable[[Expr, Expr], None]) -> None:
+        """Hand out ``(column, number)``."""
 
-        def copy(t: Expr) -> None:
-            def column(c: Expr, e: int) -> None:
-                store(parts[0], T.Cast(fmt.dtype, self.numbers.get(t, e)), *place, c)
+        def body(t: Expr) -> None:
+            self.each(t, lambda c, e: write(c, self.numbers.get(t, e)))
+
+        self.block.phase(body, barrier=False)
+
+    def round(self, fmt: CacheFormat) -> "_Rounded":
+        """Encode it, as ``mxcompile.caches.encode`` says; from here on it is what is decoded."""
+        block, numbers, count = self.block, self.numbers, self.numbers.count
+        if fmt.scaled:
+            return self._scaled(fmt)
+        codes = block.private(count, fmt.dtype)
+
+        def body(t: Expr) -> None:
+            def column(_c: Expr, e: int) -> None:
+                codes.set(t, T.Cast(fmt.dtype, numbers.get(t, e)), e)
+                numbers.set(t, T.Cast("float32", codes.get(t, e)), e)
 
             self.each(t, column)
 
-        self.block.phase(copy, barrier=False)
+        block.phase(body, barrier=False)
+        return _Rounded(self, fmt, codes, None)
 
-    def _encode(self, fmt: CacheFormat, parts: list[Any], place: tuple[Expr, ...]) -> None:
-        """Write codes and scales; a warp holds a group."""
-        (numbers, scales), count, half = parts, self.numbers.count, GROUP // 2
-        bounds, codes = self.block.private(2 * count), self.block.private(count, "int32")
+    def _scaled(self, fmt: CacheFormat) -> "_Rounded":
+        """Make codes and scales; a warp holds a group."""
+        block, numbers, count, half = self.block, self.numbers, self.numbers.count, GROUP // 2
+        bounds, codes = block.private(2 * count), block.private(count, "int32")
+        scales = block.private(count, SCALE_DTYPE)
 
         def bound(t: Expr) -> None:
             bounds.fill(t, T.float32(0))
 
             def column(_c: Expr, e: int) -> None:
-                bounds.set(t, self.numbers.get(t, e), e)
-                bounds.set(t, -self.numbers.get(t, e), count + e)
+                bounds.set(t, numbers.get(t, e), e)
+                bounds.set(t, -numbers.get(t, e), count + e)
 
             self.each(t, column)
 
@@ -452,11 +494,12 @@ class _Row:
                 peak = T.Select(most > -least, most, least)
                 scale = hold(T.Cast("float16", peak / T.float32(fmt.lowest)))
                 scale = hold(T.Select(scale == T.float16(0), T.float16(LEAST_SCALE), scale))
-                with when(c % GROUP == 0):
-                    store(scales, scale, *place, c // GROUP)
-                rounded = T.nearbyint(self.numbers.get(t, e) / T.Cast("float32", scale))
+                scales.set(t, scale, e)
+                step = hold(T.Cast("float32", scale))
+                rounded = T.nearbyint(numbers.get(t, e) / step)
                 rounded = T.max(T.min(rounded, T.float32(-fmt.lowest - 1)), T.float32(fmt.lowest))
-                code = T.Cast("int32", rounded)
+                code = hold(T.Cast("int32", rounded))
+                numbers.set(t, T.Cast("float32", code) * step, e)
                 if fmt.bits == 4:
                     up = T.Select(c % GROUP < half, T.int32(0), T.int32(4))
                     code = T.shift_left(T.bitwise_and(code, 15), up)
@@ -464,92 +507,267 @@ class _Row:
 
             self.each(t, column)
 
-        def put(t: Expr) -> None:
-            def column(c: Expr, e: int) -> None:
-                code = T.Cast(fmt.dtype, codes.get(t, e))
-                if fmt.bits == 8:
-                    store(numbers, code, *place, c)
-                    return
-                with when(c % GROUP < half):
-                    store(numbers, code, *place, c // GROUP * half + c % GROUP)
-
-            self.each(t, column)
-
-        self.block.phase(bound, barrier=False)
-        self.block.across(bounds, _LANES, T.max)
-        self.block.phase(encode, barrier=False)
+        block.phase(bound, barrier=False)
+        block.across(bounds, _LANES, T.max)
+        block.phase(encode, barrier=False)
         if fmt.bits == 4:
-            self.block.across(codes, (half,), T.bitwise_or)
-        self.block.phase(put, barrier=False)
+            block.across(codes, (half,), T.bitwise_or)
+        return _Rounded(self, fmt, codes, scales)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounded:
+    """A row as a cache has it."""
+
+    row: _Row
+    format: CacheFormat
+    codes: Private
+    scales: Private | None
+
+    def write(self, parts: list[Any], place: tuple[Expr, ...]) -> None:
+        """Write it to the cache."""
+        half = GROUP // 2
+
+        def body(t: Expr) -> None:
+            def column(c: Expr, e: int) -> None:
+                code = T.Cast(self.format.dtype, self.codes.get(t, e))
+                if self.scales is not None:
+                    with when(c % GROUP == 0):
+                        store(parts[1], self.scales.get(t, e), *place, c // GROUP)
+                if self.format.bits == 4:
+                    with when(c % GROUP < half):
+                        store(parts[0], code, *place, c // GROUP * half + c % GROUP)
+                    return
+                store(parts[0], code, *place, c)
+
+            self.row.each(t, column)
+
+        self.row.block.phase(body, barrier=False)
 
 
 class _Turn:
-    """A row's norm, if it has one, and rotary embedding.
+    """Norms of rows of one position, if they have them, and rotary embedding.
 
     A thread has the partners of its columns too, and all else that it will need, so that the loads
     are under way together.
     """
 
-    def __init__(self, row: _Row, half: int, eps: float | None) -> None:
-        block, count = row.block, row.numbers.count
-        self._row, self._half, self._eps = row, half, eps
-        self._partners, self._cos, self._sin = (block.private(count) for _ in range(3))
+    def __init__(self, rows: Sequence[_Row], half: int, eps: float | None) -> None:
+        block, count = rows[0].block, rows[0].numbers.count
+        self._block, self._rows, self._half, self._eps = block, rows, half, eps
+        self._partners = [block.private(count) for _ in rows]
+        self._cos, self._sin = (block.private(count) for _ in range(2))
         if eps is not None:
-            self._squares, self._gains = block.private(1), block.private(2 * count)
+            self._squares = block.private(len(rows))
+            self._weights = [block.private(2 * count) for _ in rows]
+
+    def _partner(self, c: Expr) -> Expr:
+        """The column that turns with one of the first."""
+        return T.Select(c < self._half, c + self._half, c - self._half)
+
+    def fetch_weights(self, t: Expr, weight: Callable[[int, Expr], Expr]) -> None:
+        """Load a thread's part of the norms' weights, by row and column, if there are norms."""
+        if self._eps is None:
+            return
+        for r, (row, weights) in enumerate(zip(self._rows, self._weights, strict=True)):
+
+            def column(c: Expr, e: int, r: int = r, weights: Private = weights) -> None:
+                weights.set(t, weight(r, c), 2 * e)
+                weights.set(t, weight(r, hold(self._partner(c))), 2 * e + 1)
+
+            row.each(t, column)
 
     def fetch(
         self,
         t: Expr,
-        read: Callable[[Expr], Expr],
-        weight: Callable[[Expr], Expr],
+        read: Callable[[int, Expr], Expr],
         angle: Callable[[Expr], tuple[Expr, Expr]],
     ) -> None:
-        """Load a thread's part, by column; ``angle`` gives a cosine and a sine."""
-        row, half = self._row, self._half
-        if self._eps is not None:
-            self._squares.set(t, T.float32(0))
+        """Load a thread's part, by row and column; ``angle`` gives a cosine and a sine."""
 
-        def column(c: Expr, e: int) -> None:
-            partner = hold(T.Select(c < half, c + half, c - half))
-            row.numbers.set(t, read(c), e)
-            self._partners.set(t, read(partner), e)
-            if self._eps is not None:
-                number = row.numbers.get(t, e)
-                self._squares.add(t, number * number)
-                self._gains.set(t, weight(c), e)
-                self._gains.set(t, weight(partner), row.numbers.count + e)
-            with when(c < 2 * half):
-                cos, sin = angle(hold(c % half))
+        def turn(c: Expr, e: int) -> None:
+            with when(c < 2 * self._half):
+                cos, sin = angle(hold(c % self._half))
                 self._cos.set(t, cos, e)
                 self._sin.set(t, sin, e)
 
-        row.each(t, column)
+        for r, (row, partners) in enumerate(zip(self._rows, self._partners, strict=True)):
+
+            def column(
+                c: Expr, e: int, r: int = r, row: _Row = row, partners: Private = partners
+            ) -> None:
+                row.numbers.set(t, read(r, c), e)
+                partners.set(t, read(r, hold(self._partner(c))), e)
+
+            row.each(t, column)
+        self._rows[0].each(t, turn)
 
     def run(self) -> None:
-        """Replace the row's numbers."""
-        row, half = self._row, self._half
+        """Replace the rows' numbers."""
         if self._eps is not None:
-            total = row.block.reduce(self._squares, lambda x, y: x + y, 0.0)
+            self._block.phase(self._square, barrier=False)
+            total = self._block.reduce(self._squares, lambda x, y: x + y, 0.0)
 
         def body(t: Expr) -> None:
-            if self._eps is not None:
-                mean = total() / T.float32(row.dim)
-                factor = hold(T.float32(1) / T.sqrt(mean + T.float32(self._eps)))
-
-            def column(c: Expr, e: int) -> None:
-                number, partner = row.numbers.get(t, e), self._partners.get(t, e)
+            for r, row in enumerate(self._rows):
+                factor = None
                 if self._eps is not None:
-                    number = number * factor * self._gains.get(t, e)
-                    partner = partner * factor * self._gains.get(t, row.numbers.count + e)
-                row.numbers.set(t, number, e)
-                with when(c < 2 * half):
-                    sin = T.Select(c < half, -self._sin.get(t, e), self._sin.get(t, e))
-                    turned = row.numbers.get(t, e) * self._cos.get(t, e) + partner * sin
-                    row.numbers.set(t, turned, e)
+                    factor = hold(T.rsqrt(total(r) / T.float32(row.dim) + T.float32(self._eps)))
+                self._turn(t, r, factor)
+
+        self._block.phase(body, barrier=False)
+
+    def _square(self, t: Expr) -> None:
+        """Add up a thread's squares."""
+        self._squares.fill(t, T.float32(0))
+        for r, row in enumerate(self._rows):
+
+            def column(_c: Expr, e: int, r: int = r, row: _Row = row) -> None:
+                self._squares.add(t, row.numbers.get(t, e) * row.numbers.get(t, e), r)
 
             row.each(t, column)
 
-        row.block.phase(body, barrier=False)
+    def _turn(self, t: Expr, r: int, factor: Expr | None) -> None:
+        """Replace a thread's part of a row."""
+        row, half = self._rows[r], self._half
+
+        def column(c: Expr, e: int) -> None:
+            number, partner = row.numbers.get(t, e), self._partners[r].get(t, e)
+            if factor is not None:
+                number = number * factor * self._weights[r].get(t, 2 * e)
+                partner = partner * factor * self._weights[r].get(t, 2 * e + 1)
+            row.numbers.set(t, number, e)
+            with when(c < 2 * half):
+                sin = T.Select(c < half, -self._sin.get(t, e), self._sin.get(t, e))
+                turned = row.numbers.get(t, e) * self._cos.get(t, e) + partner * sin
+                row.numbers.set(t, turned, e)
+
+        row.each(t, column)
+
+
+@dataclass(frozen=True, slots=True)
+class _New:
+    """What a kernel takes of new positions: their rows, and how queries and keys turn.
+
+    Rows are read by sequence and position, head, and column.
+    """
+
+    attention: Attention
+    rotation: Rotation
+    q: Any
+    k: Any
+    v: Any
+    cos: Any
+    sin: Any
+    weights: list[Any]
+
+    @classmethod
+    def declare(cls, a: Attention, rotation: Rotation, batch: Expr, seq: Expr) -> "_New":
+        """Declare the next parameters of a kernel."""
+        places = {"q": (a.q, a.heads), "k": (a.k, a.kv_heads), "v": (a.v, a.kv_heads)}
+        q, k, v = (
+            param(name, (batch, seq, _columns(place, heads, a.dim).width))
+            for name, (place, heads) in places.items()
+        )
+        half = (rotation.rotated or a.dim) // 2
+        cos, sin = (param(name, (batch, seq, half)) for name in ("cos", "sin"))
+        names = () if rotation.eps is None else ("q_weight", "k_weight")
+        weights = [param(name, (a.dim,)) for name in names]
+        return cls(a, rotation, q, k, v, cos, sin, weights)
+
+    @property
+    def half(self) -> int:
+        """Columns from one that turns to its partner."""
+        return (self.rotation.rotated or self.attention.dim) // 2
+
+    def query(self, at: tuple[Expr, Expr], head: Expr, c: Expr) -> Expr:
+        """A number of a query head."""
+        a = self.attention
+        return self.q[(*at, head * a.dim + _columns(a.q, a.heads, a.dim).offset + c)]
+
+    def key(self, at: tuple[Expr, Expr], h: Expr, c: Expr) -> Expr:
+        """A number of a key head."""
+        a = self.attention
+        return self.k[(*at, h * a.dim + _columns(a.k, a.kv_heads, a.dim).offset + c)]
+
+    def value(self, at: tuple[Expr, Expr], h: Expr, c: Expr) -> Expr:
+        """A number of a value head."""
+        a = self.attention
+        return self.v[(*at, h * a.dim + _columns(a.v, a.kv_heads, a.dim).offset + c)]
+
+    def angle(self, at: tuple[Expr, Expr], c: Expr) -> tuple[Expr, Expr]:
+        """A cosine and a sine of a position."""
+        return self.cos[(*at, c)], self.sin[(*at, c)]
+
+
+class _Fresh:
+    """Queries of some of a group's heads, and key and value, that a block makes of a new position.
+
+    In shared memory they are as attention wants them: queries scaled, key and value as cached.
+    """
+
+    def __init__(self, block: Block, source: "_Source", new: _New, first: Expr, heads: int) -> None:
+        a = new.attention
+        self._block, self._source, self._new, self._first = block, source, new, first
+        self._rows = [_Row.of(block, a.dim) for _ in range(heads + 1)]
+        self._value_row = _Row.of(block, a.dim)
+        self._turn = _Turn(self._rows, new.half, new.rotation.eps)
+        self._queries, self._pair = block.shared(heads, a.dim), block.shared(2, a.dim)
+
+    def fetch(self) -> None:
+        """Load everything; this waits for earlier kernels."""
+        block, new, (*_, key) = self._block, self._new, self._rows
+        a, h, at = new.attention, self._source.h, (self._source.b, int64(0))
+
+        def weight(r: int, c: Expr) -> Expr:
+            return load(new.weights[1 if self._rows[r] is key else 0], c)
+
+        def read(r: int, c: Expr) -> Expr:
+            if self._rows[r] is key:
+                return new.key(at, h, c)
+            return new.query(at, h * a.group + T.min(self._first + r, a.group - 1), c)
+
+        def fetch(t: Expr) -> None:
+            self._turn.fetch(t, read, lambda c: new.angle(at, c))
+            self._value_row.fetch(t, lambda c: new.value(at, h, c))
+
+        block.phase(lambda t: self._turn.fetch_weights(t, weight), barrier=False)
+        block.wait()
+        block.phase(fetch, barrier=False)
+
+    def run(
+        self, with_key: Expr, writes: Expr, caches: tuple["_Strips", "_Strips"], position: Expr
+    ) -> None:
+        """Make the queries, and on a condition the key and the value; on another write them."""
+        block, (*queries, key), source = self._block, self._rows, self._source
+        scale = T.float32(source.attention.scale)
+        self._turn.run()
+        block.phase(lambda t: None)  # sums of squares may lie where queries go
+        for g, row in enumerate(queries):
+            row.put(partial(self._keep, self._queries, g, scale))
+        with when(with_key):
+            for i, (row, cache) in enumerate(zip((key, self._value_row), caches, strict=True)):
+                rounded = row.round(cache.format)
+                row.put(partial(self._keep, self._pair, i, None))
+                with when(writes):
+                    rounded.write(cache.parts, (source.b, source.h, hold(position)))
+        block.phase(lambda t: None)
+
+    @staticmethod
+    def _keep(shared: Any, row: int, scale: Expr | None, c: Expr, number: Expr) -> None:
+        store(shared, number if scale is None else number * scale, row, c)
+
+    def query(self, g: Expr, c: Expr) -> Expr:
+        """A scaled number of a query."""
+        return load(self._queries, g, c)
+
+    def key(self, c: Expr) -> Expr:
+        """A number of the key."""
+        return load(self._pair, 0, c)
+
+    def value(self, c: Expr) -> Expr:
+        """A number of the value."""
+        return load(self._pair, 1, c)
 
 
 @dataclass(frozen=True, slots=True)
@@ -899,26 +1117,59 @@ class _Scan:
         self._scores = block.private(self._keys * heads)
         self._peak, self._total = block.private(heads), block.private(heads)
 
-    def run(self, begin: Expr, end: Expr) -> None:
-        """Walk the keys from ``begin`` to before ``end``."""
-        block, a = self._block, self._source.attention
-        step = self._keys * _WARPS
+    def prefetch(self, begin: Expr, end: Expr) -> None:
+        """Load the first of the keys that ``walk`` will want."""
+        with when(begin < end):
+            self._block.phase(lambda t: self._fetch(t, begin, end), barrier=False)
+
+    def start(self, query: Callable[[Expr, Expr], Expr]) -> None:
+        """Take the scaled queries, by head and column."""
+        block, width, dim = self._block, self._key.columns, self._source.attention.dim
 
         def fill(t: Expr) -> None:
             lane = hold(t % WARP)
-            with block.unrolled(self._heads) as g, block.unrolled(self._key.columns) as i:
-                member = hold(T.min(self._first + g, a.group - 1))
+            with block.unrolled(self._heads) as g, block.unrolled(width) as i:
                 c = hold(self._key.column(lane, i))
-                element = self._source.query(int64(0), member, T.min(c, a.dim - 1))
-                element = T.Select(c < a.dim, element, T.float32(0))
-                self._query.set(t, element, g * self._key.columns + i)
+                element = query(g, T.min(c, dim - 1))
+                self._query.set(t, T.Select(c < dim, element, T.float32(0)), g * width + i)
             self._out.fill(t, T.float32(0))
             self._total.fill(t, T.float32(0))
             self._peak.fill(t, T.float32(LOWEST))
 
         block.phase(fill, barrier=False)
-        block.phase(lambda t: self._fetch(t, begin, end), barrier=False)
-        with T.serial(int64(0), (end - begin + (step - 1)) // step) as index:
+
+    def take(self, key: Callable[[Expr], Expr], value: Callable[[Expr], Expr]) -> None:
+        """Begin with a key that is not cached, given by column; the first warp does."""
+        block, dim = self._block, self._source.attention.dim
+        width, columns = self._value.columns, self._key.columns
+
+        def score(t: Expr) -> None:
+            lane = hold(t % WARP)
+            self._peak.fill(t, T.float32(0))
+            with block.unrolled(columns) as i:
+                element = hold(key(T.min(self._key.column(lane, i), dim - 1)))
+                with block.unrolled(self._heads) as g:
+                    self._peak.add(t, self._query.get(t, g * columns + i) * element, g)
+
+        def mix(t: Expr) -> None:
+            lane, is_first = hold(t % WARP), t < WARP
+            with block.unrolled(self._heads) as g:
+                score = self._capped(self._peak.get(t, g))
+                self._peak.set(t, T.Select(is_first, score, T.float32(LOWEST)), g)
+                self._total.set(t, T.Cast("float32", is_first), g)
+            with block.unrolled(width) as i:
+                element = hold(value(T.min(self._value.column(lane, i), dim - 1)))
+                with when(is_first), block.unrolled(self._heads) as g:
+                    self._out.set(t, element, g * width + i)
+
+        block.phase(score, barrier=False)
+        block.across(self._peak, _LANES, lambda x, y: x + y)
+        block.phase(mix, barrier=False)
+
+    def walk(self, begin: Expr, end: Expr) -> None:
+        """Attend to the keys from ``begin`` to before ``end``."""
+        block, step = self._block, self._keys * _WARPS
+        with T.serial(0, (end - begin + (step - 1)) // step) as index:
             start = hold(begin + index * step)
             block.phase(self._unpack, barrier=False)
             # The next are on their way meanwhile. A compiler that sees the loads where they are
@@ -928,6 +1179,10 @@ class _Scan:
             block.phase(self._score, barrier=False)
             block.across(self._scores, _LANES, lambda x, y: x + y)
             block.phase(lambda t: self._mix(t, start, end), barrier=False)
+
+    def _capped(self, score: Expr) -> Expr:
+        cap = self._source.attention.softcap
+        return T.tanh(score * T.float32(1 / cap)) * T.float32(cap) if cap else score
 
     def _fetch(self, t: Expr, start: Expr, end: Expr) -> None:
         """Load a lane's part of keys and values."""
@@ -960,14 +1215,12 @@ class _Scan:
 
     def _mix(self, t: Expr, start: Expr, end: Expr) -> None:
         """Turn scores into weights and add the weighted values to what the heads have."""
-        block, a, width = self._block, self._source.attention, self._value.columns
+        block, width = self._block, self._value.columns
         with block.unrolled(self._heads) as g:
             top = registers(1, "float32")
             store(top, self._peak.get(t, g), 0)
             with block.unrolled(self._keys) as e:
-                score = self._scores.get(t, e * self._heads + g)
-                if a.softcap:
-                    score = T.tanh(score * T.float32(1 / a.softcap)) * T.float32(a.softcap)
+                score = self._capped(self._scores.get(t, e * self._heads + g))
                 score = T.Select(self._at(t, start, e) < end, score, T.float32(LOWEST))
                 self._scores.set(t, score, e * self._heads + g)
                 store(top, T.max(top[0], self._scores.get(t, e * self._heads + g)), 0)
@@ -1070,6 +1323,31 @@ def _cached(fmt: CacheFormat, parts: list[Any], b: Expr, h: Expr) -> Callable[[E
         return T.Cast("float32", T.shift_right(T.shift_left(word, up), 28)) * step
 
     return read
+
+
+def _cached_source(
+    a: Attention,
+    caches: Caches,
+    q: Any,
+    past: Any,
+    seq: Expr,
+    keys: list[Any],
+    values: list[Any],
+) -> _Sources:
+    """The sources of queries at the end of what is cached."""
+
+    def source(b: Expr, h: Expr) -> _Source:
+        key, value = _cached(caches.key, keys, b, h), _cached(caches.value, values, b, h)
+        return _Source(a, q, b, h, key, value, past[0], past[0] + seq, None)
+
+    return source
+
+
+def _strips(
+    caches: Caches, keys: list[Any], values: list[Any], dim: int
+) -> tuple[_Strips, _Strips]:
+    """How lanes share the rows of both caches."""
+    return _Strips(caches.key, keys, dim), _Strips(caches.value, values, dim)
 
 
 def _vector(dtype: str, lanes: int) -> str:

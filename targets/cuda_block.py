@@ -123,7 +123,11 @@ class Block:
         return T.serial(0, count) if self.serial else T.unroll(0, count)
 
     def shared(self, *shape: int, dtype: str = "float32") -> Any:
-        """Memory that all threads of the block see."""
+        """Memory that all threads of the block see.
+
+        TVM may put what is used later in the place of what is used no more: the barrier between
+        them is the caller's.
+        """
         scope = "global" if self.serial else "shared"
         return T.alloc_buffer([int64(d) for d in shape], dtype, scope=scope)
 
@@ -136,22 +140,28 @@ class Block:
 
     def reduce(
         self, values: Private, combine: Callable[[Expr, Expr], Expr], start: float
-    ) -> Callable[[], Expr]:
-        """Combine the threads' float32 values; the result is for every thread of later phases."""
-        parts = self.shared(self.threads // WARP)
+    ) -> Callable[..., Expr]:
+        """Combine the threads' float32 values, each with its likes.
 
-        def fold() -> Expr:
+        What is returned gives every thread of later phases the result of an index, of the first by
+        default.
+        """
+        parts = self.shared(values.count, self.threads // WARP)
+
+        def fold(index: int = 0) -> Expr:
             total = registers(1, "float32")
             store(total, T.float32(start), 0)
             with T.unroll(0, self.threads // WARP) as i:
-                store(total, combine(total[0], parts[i]), 0)
+                store(total, combine(total[0], parts[index, i]), 0)
             return total[0]
 
         def keep(t: Expr) -> None:
             with when(t % WARP == 0):
-                store(parts, values.get(t), t // WARP)
+                for index in range(values.count):
+                    store(parts, values.get(t, index), index, t // WARP)
 
         self.across(values, (16, 8, 4, 2, 1), combine)
+        self.phase(lambda t: None)  # what is kept may lie where threads still read, see ``shared``
         self.phase(keep)
         return fold
 

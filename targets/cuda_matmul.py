@@ -48,7 +48,6 @@ from mxcompile.targets.cuda_block import (
     strided,
     when,
 )
-from mxcompile.targets.cuda_norm import deviation
 from mxcompile.targets.packing import BLOCK, QUADS, SIDE, VECTOR
 
 WORDS: Final = GROUP // 4 + 2
@@ -183,7 +182,9 @@ class CudaMatmul:
                     store(staged, value, digit * (-(-count // BLOCK) * BLOCK) + group, word)
 
                 def stage(_first: Expr) -> None:
-                    row.round(made.late(), fmt, put)
+                    values = made.late()
+                    block.phase(lambda t: None)  # records may lie where sums did
+                    row.round(values, fmt, put)
                     block.phase(lambda t: None)
 
                 return made.early, stage
@@ -847,7 +848,7 @@ class _Row:
         total = self.block.reduce(squares, operator.add, 0.0)
 
         def scale(t: Expr) -> None:
-            factor = hold(deviation(total(), int64(self._columns), eps))
+            factor = hold(T.rsqrt(total() * T.float32(1 / self._columns) + T.float32(eps)))
             for i in range(values.count):
                 values.set(t, values.get(t, i) * factor * gains.get(t, i), i)
 

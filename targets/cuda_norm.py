@@ -32,7 +32,7 @@ class CudaNorm:
             total = run.accumulate(lambda _, c: _square(run.x(c)))
             (weight,) = run.weights
             run.write(
-                lambda: deviation(total(), run.size, eps),
+                lambda: _deviation(total(), run.size, eps),
                 lambda _, c, factor: run.x(c) * factor * weight(c),
             )
 
@@ -47,7 +47,7 @@ class CudaNorm:
             squares = run.accumulate(lambda t, c: _square(run.x(c) - means.get(t)))
             weight, bias = run.weights
             run.write(
-                lambda: deviation(squares(), run.size, eps),
+                lambda: _deviation(squares(), run.size, eps),
                 lambda t, c, factor: (run.x(c) - means.get(t)) * factor * weight(c) + bias(c),
             )
 
@@ -150,6 +150,5 @@ def _mean(total: Expr, size: Expr) -> Expr:
     return total / T.Cast("float32", size)
 
 
-def deviation(total: Expr, size: Expr, eps: float) -> Expr:
-    """``1 / sqrt(total / size + eps)``, for a sum of squares."""
+def _deviation(total: Expr, size: Expr, eps: float) -> Expr:
     return T.float32(1.0) / T.sqrt(_mean(total, size) + T.float32(eps))

@@ -88,17 +88,21 @@ class AttentionTemplates(Protocol):
     def append(self, a: Attention, caches: Caches) -> PrimFunc:
         """Make ``(k, v, past, *keys, *values)``."""
 
-    def rotate(self, a: Attention, caches: Caches, rotation: Rotation) -> PrimFunc | None:
-        """Make ``(q, k, v, cos, sin, [q_weight, k_weight,] past, *keys, *values, y)``.
-
-        None where each step is a kernel.
-        """
+    def rotate(self, a: Attention, caches: Caches, rotation: Rotation) -> PrimFunc:
+        """Make ``(q, k, v, cos, sin, [q_weight, k_weight,] past, *keys, *values, y)``."""
 
     def scratch(self, a: Attention) -> tuple[tuple[int, ...], ...]:
-        """Shapes, for a sequence of the batch, of the float32 tensors that ``attend`` works in."""
+        """Shapes, for a sequence of the batch, of the float32 tensors that attention works in."""
 
     def attend(self, a: Attention, caches: Caches) -> PrimFunc:
         """Make ``(q, past, *keys, *values, out, *scratch)``."""
+
+    def attend_new(self, a: Attention, caches: Caches, rotation: Rotation) -> PrimFunc | None:
+        """Make, for one position, ``rotate`` and ``attend`` in one.
+
+        It takes ``(q, k, v, cos, sin, [q_weight, k_weight,] past, *keys, *values, out, *scratch)``,
+        and weights that no kernel writes. None where each is a kernel.
+        """
 
     def attend_all(self, a: Attention, mask: Mask | None) -> PrimFunc:
         """Make ``(q, k, v, [mask,] out)``."""
@@ -166,6 +170,9 @@ class _CpuAttention:
 
     def attend(self, a: Attention, caches: Caches) -> PrimFunc:
         return cpu_attention.attend(a, caches, self.simd)
+
+    def attend_new(self, a: Attention, caches: Caches, rotation: Rotation) -> None:
+        return None
 
     def attend_all(self, a: Attention, mask: Mask | None) -> PrimFunc:
         return cpu_attention.attend_all(a, mask, self.simd)

@@ -212,6 +212,83 @@ def test_rotate_is_what_separate_kernels_do(
             assert not part.numpy()[:, :, past + seq :].any()
 
 
+NEW_CASES = {
+    "gemma": (
+        Attention(
+            4,
+            1,
+            256,
+            0.06,
+            window=40,
+            q=Columns(1540, 1),
+            k=Columns(1540, 1026),
+            v=Columns(1540, 1283),
+        ),
+        ("int8", "int8"),
+        Rotation(0, EPS),
+    ),
+    "halves": (Attention(4, 2, 64, 0.125), ("fp16", "fp16"), Rotation()),
+    "nibbles, of a part": (
+        Attention(8, 2, 96, 0.1, window=33),
+        ("int4", "int8"),
+        Rotation(32, EPS),
+    ),
+    "odd, capped": (Attention(6, 2, 20, 0.2, softcap=3.0), ("fp32", "fp16"), Rotation(10, EPS)),
+    "chunks": (Attention(9, 1, 256, 0.06, softcap=9.0), ("fp16", "int4"), Rotation(0, EPS)),
+    "many small heads": (Attention(40, 2, 64, 0.1, window=1), ("fp32", "fp32"), Rotation(16)),
+}
+
+
+@pytest.mark.parametrize("case", NEW_CASES)
+def test_attend_new_is_rotate_and_attend(
+    reading: Reading, case: str, rng: np.random.Generator
+) -> None:
+    a, names, rotation = NEW_CASES[case]
+    caches, made = formats(*names), reading.attention
+    together = Built(reading, made.attend_new(a, caches, rotation))
+    rotate = Built(reading, made.rotate(a, caches, rotation))
+    attend = Built(reading, made.attend(replace(a, q=None), caches))
+    gains = list(rng.standard_normal((2, a.dim), np.float32)) if rotation.eps is not None else []
+    half, count = (rotation.rotated or a.dim) // 2, len(caches.key.parts(a.dim))
+    # Blocks have 16 keys each to begin with: the new one is the first, the last, and past those.
+    for batch, past in ((1, 0), (2, 15), (1, 16), (2, 31), (1, 33), (2, 200), (1, LONGEST - 1)):
+        shape = (batch, a.kv_heads, LONGEST, a.dim)
+        keys, values = (Kept(rng.standard_normal(shape, np.float32), past, n) for n in names)
+        angle = rng.standard_normal((batch, 1, half))
+        angles = [np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)]
+        sides = ((a.q, a.heads), (a.k, a.kv_heads), (a.v, a.kv_heads))
+        rows = [
+            rng.standard_normal((batch, 1, place.width if place else n * a.dim), np.float32)
+            for place, n in sides
+        ]
+        if a.q:
+            rows = rows[:1] * 3
+        both = [[reading.tensor(p) for p in (*keys.parts, *values.parts)] for _ in range(2)]
+        at, flat = np.array([past]), (batch, 1, a.heads * a.dim)
+        scratch = [(batch, *shape) for shape in made.scratch(a)]
+        inputs = [*rows, *angles, *gains, at]
+        out = together([*inputs, *both[0]], flat, *scratch)
+        q = rotate([*inputs, *both[1]], flat)
+        want = attend([q, at, *both[1]], flat, *scratch)
+        parts = [[part.numpy() for part in found] for found in both]
+        for fmt, where in ((caches.key, slice(count)), (caches.value, slice(count, None))):
+            one, other = (decode([p[:, :, past] for p in x[where]], fmt) for x in parts)
+            # On this CPU nothing differs; on a GPU as much as in the test above.
+            step = np.abs(parts[1][where][-1][:, :, past]).max() * (1 if fmt.scaled else 2.0**-10)
+            bound = 1.1 * float(step) if reading.arch else 0.0
+            np.testing.assert_allclose(one, other, rtol=0, atol=bound)
+        for one, other in zip(*parts, strict=True):
+            rest = np.arange(LONGEST) != past
+            np.testing.assert_array_equal(one[:, :, rest], other[:, :, rest])
+        for found, x in zip((out, want), parts, strict=True):
+            seen_keys, seen_values = (
+                decode([p[:, :, : past + 1] for p in x[where]], fmt)
+                for fmt, where in ((caches.key, slice(count)), (caches.value, slice(count, None)))
+            )
+            exact, bound = reference(a, q, seen_keys, seen_values, past)
+            np.testing.assert_allclose(found, exact, rtol=0, atol=bound, err_msg=f"{past}")
+
+
 NORMS: dict[str, tuple[Callable[[CudaNorm, Runs], Any], Callable[..., Array], int]] = {
     "rms-norm": (lambda norm, runs: norm.rms_norm(runs, EPS), exact_rms_norm, 1),
     "layer-norm": (lambda norm, runs: norm.layer_norm(runs, EPS), exact_layer_norm, 2),

@@ -256,7 +256,10 @@ def test_cuda_kernels_decode_as_their_emitted_onnx(
 
 
 class Pair:
-    """A session that decodes by CUDA graphs, and one that must give the same without them."""
+    """A session that decodes by CUDA graphs, and one that must give the same without them.
+
+    The same but for roundings: one attends to a new key when it has made it, the other in its turn.
+    """
 
     def __init__(self, programs: list[Program]) -> None:
         self.sessions = [Session(program) for program in programs]
@@ -264,7 +267,7 @@ class Pair:
     def feed(self, tokens: list[int], logits: Literal["last", "all"] = "last") -> int:
         """The token that both find most likely."""
         found, expected = (session.feed(tokens, logits).copy() for session in self.sessions)
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=0.03 * np.abs(expected).max())
         return int(found[-1].argmax())
 
     def truncate(self, length: int) -> None:
@@ -357,8 +360,8 @@ def test_a_cuda_graph_is_all_of_a_decode_step_but_its_last_kernel(
     fused = Pipeline.parse(f"{passes.QUANTIZE},{passes.FUSE}", passes.REGISTRY).run(model, ctx)
     module = lower.lower(fused, ctx).module
     with tvm.target.Target(dict(where.tvm)), families.of(where).building():
-        steps = [step for phase in lower.phases(where).values() for step in phase]
-        module = tvm.transform.Sequential(steps)(module)
+        phases = lower.phases(where).values()
+        module = tvm.transform.Sequential([step for phase in phases for step in phase])(module)
     assert launches(module, "decode") == 1
     # A row that is made, rounded and multiplied in one kernel is several where there are many rows.
     assert 30 < launches(module, "decode_cuda_graph_capture") < launches(module, "main")
