@@ -360,7 +360,8 @@ def test_a_cuda_graph_is_all_of_a_decode_step_but_its_last_kernel(
         steps = [step for phase in lower.phases(where).values() for step in phase]
         module = tvm.transform.Sequential(steps)(module)
     assert launches(module, "decode") == 1
-    assert launches(module, "decode_cuda_graph_capture") + 1 == launches(module, "main") > 60
+    # All but two gathers: the step's one position is the wanted one.
+    assert launches(module, "decode_cuda_graph_capture") + 1 == launches(module, "main") - 2 == 65
 
 
 def test_cuda_artifacts_hold_machine_code(
