@@ -162,6 +162,31 @@ def _axes(scope: Scope, node: ir.Node, rank: int) -> list[int]:
     return [int(a) % rank for a in axes or ()]
 
 
+_CHEAP: Final = ("Cast", "Mul", "Unsqueeze")
+"""Operators that are computed again rather than stored between two kernels."""
+
+
+def _by_itself(function: Callable[[Expr], Expr]) -> Lower:
+    """An operator that computes its operand anew, so that no other reader keeps TVM from fusing.
+
+    Rotary angles are read by a cosine and a sine: kernels for these, and none for the angles.
+    """
+
+    def lower(scope: Scope, node: ir.Node) -> Expr:
+        _compute_again(scope, node.inputs[0])
+        return function(scope.tensor(node.inputs[0]))
+
+    return lower
+
+
+def _compute_again(scope: Scope, value: ir.Value | None) -> None:
+    node = value.producer() if value is not None else None
+    if value in scope.tensors and node is not None and node.op_type in _CHEAP and not node.domain:
+        for operand in dict.fromkeys(node.inputs):
+            _compute_again(scope, operand)
+        scope.tensors[value] = scope.emit(OPERATORS[node.op_type](scope, node))
+
+
 def _reduce(function: Callable[..., Expr]) -> Lower:
     def lower(scope: Scope, node: ir.Node) -> Expr:
         x = scope.tensor(node.inputs[0])
@@ -377,12 +402,12 @@ OPERATORS: Final[Mapping[str, Lower]] = {
     **{
         onnx: _binary(name)
         for onnx, name in {
-            "Abs": "abs", "Add": "add", "And": "logical_and", "Ceil": "ceil", "Cos": "cos",
+            "Abs": "abs", "Add": "add", "And": "logical_and", "Ceil": "ceil",
             "Div": "divide", "Equal": "equal", "Erf": "erf", "Exp": "exp", "Floor": "floor",
             "Greater": "greater", "GreaterOrEqual": "greater_equal", "Less": "less",
             "LessOrEqual": "less_equal", "Log": "log", "Mul": "multiply", "Neg": "negative",
             "Not": "logical_not", "Or": "logical_or", "Pow": "power", "Round": "round",
-            "Sigmoid": "sigmoid", "Sin": "sin", "Sqrt": "sqrt", "Sub": "subtract", "Tanh": "tanh",
+            "Sigmoid": "sigmoid", "Sqrt": "sqrt", "Sub": "subtract", "Tanh": "tanh",
             "MatMul": "matmul",
         }.items()
     },
@@ -400,12 +425,14 @@ OPERATORS: Final[Mapping[str, Lower]] = {
     "Concat": _concat,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
+    "Cos": _by_itself(relax.op.cos),
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
     "Gelu": _gelu,
     "Range": _range,
     "Reshape": _reshape,
+    "Sin": _by_itself(relax.op.sin),
     "Slice": _slice,
     "Softmax": _softmax,
     "Split": _split,

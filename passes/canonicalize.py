@@ -26,13 +26,14 @@ class Canonicalize(Pass):
     ``w`` has one row an output feature, whichever way the model stored it.
 
     Before: ``%y = MatMul(%x, Transpose(%w))`` or ``Gemm(%x, %w, %b)``;
-    after: ``%y = mxcompile.Linear(%x, %w)``, the bias in an ``Add`` of its own.
+    after: ``%y = mxcompile.Linear(%x, %w)``, the bias in an ``Add`` of its own. A ``MatMul`` of
+    columns with rows, which adds nothing up (as of positions with frequencies), is a ``Mul``.
     """
 
     name = "canonicalize"
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
-        """Rewrite every MatMul and Gemm whose right operand is a constant matrix."""
+        """Rewrite every MatMul and Gemm by a constant matrix, or of one term."""
         common_passes.InlinePass()(model)
         graph.define(model, LINEAR)
         common_passes.LiftConstantsToInitializersPass()(model)
@@ -80,8 +81,20 @@ def _matrix(
 
 
 def _rewrite_matmul(model: ir.Model, node: ir.Node, done: dict[ir.Value, ir.Value]) -> None:
-    if (weight := _matrix(model, node.inputs[1], False, done)) is not None:
+    if _is_outer(*node.inputs):
+        old = node.outputs[0]
+        product = graph.node_after(node, model, "Mul", node.inputs, f"{graph.name(old)}.outer")
+        graph.take_place(model, old, product)
+    elif (weight := _matrix(model, node.inputs[1], False, done)) is not None:
         _replace_by_linear(model, node, weight)
+
+
+def _is_outer(left: ir.Value | None, right: ir.Value | None) -> bool:
+    """Whether a product of matrices has one term; leading dimensions are broadcast as by Mul."""
+    shapes = [v.shape for v in (left, right) if v is not None and v.shape is not None]
+    if len(shapes) < 2 or min(map(len, shapes)) < 2:
+        return False
+    return shapes[0][-1] == shapes[1][-2] == 1
 
 
 def _rewrite_gemm(model: ir.Model, node: ir.Node, done: dict[ir.Value, ir.Value]) -> None:

@@ -140,6 +140,15 @@ def test_gathers_fuse_with_what_reads_them(capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr() == ("", "")  # of which topi warns
 
 
+def test_rotary_angles_are_two_kernels() -> None:
+    """What the cosines and the sines of two tables read is computed in each."""
+    text = """g (int64[B,S] p) => (float[B,S,4] c, float[B,S,4] s, float[B,S,4] d, float[B,S,4] r)
+        <int64[1] last = {-1}, float[4] f = {0}, float[4] g = {0}> {
+            u = Unsqueeze(p, last) t = Cast<to = 1>(u)
+            a = Mul(t, f) c = Cos(a) s = Sin(a) b = Mul(t, g) d = Cos(b) r = Sin(b) }"""
+    assert len(fused_kernels(text)) == 2  # a table has other numbers, not another kernel
+
+
 def test_a_gather_from_one_place_is_none() -> None:
     text = "g (float[N,1,8] x, int64[1] i) => (float[N,1,8] y) {{ {} y = Tanh(z) }}"
     direct, through = (
