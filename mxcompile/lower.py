@@ -413,6 +413,10 @@ def _round_later(
     readers = list(value.consumers())
     if len(readers) != 1 or not all(map(_is_one, lead)):
         return False
+    # Norms' weights are read before kernels have ended that might compute them.
+    first = {"RMSNormalization": 1, RESIDUAL_NORM: 2}.get(node.op_type, len(node.inputs))
+    if not _are_constant(node.inputs[first:]):
+        return False
     # The sum is there once the product is: all else that reads it must come later.
     order = {n: i for i, n in enumerate(builder.model.graph)} if totals else {}
     others = [n for total in totals for n in total.consumers()]
@@ -422,6 +426,10 @@ def _round_later(
         return False
     builder.unrounded[value] = _Unrounded(source, inputs, lead, totals[0] if totals else None)
     return True
+
+
+def _are_constant(values: Sequence[ir.Value | None]) -> bool:
+    return all(v is not None and v.const_value is not None for v in values)
 
 
 def _is_one(dim: Any) -> bool:
@@ -748,12 +756,11 @@ def _rotary_attention(builder: _Builder, node: ir.Node) -> list[Any]:
     past, *parts = (builder.scope.tensor(x) for x in node.inputs[5 + count :])
     attention, caches = _attention_of(node), _caches_of(node)
     placed = replace(attention, q=q[1], k=k[1], v=v[1])
-    are_constant = all(x is not None and x.const_value is not None for x in weight_values)
     lead, templates = shape_of(q[0])[:-1], builder.kernels.attention
     flat = relax.TensorType((*lead, attention.heads * attention.dim), "float32")
     args = [q[0], k[0], v[0], *angles, *weights, past, *parts]
     written, types = [*range(len(args) - len(parts), len(args))], [p.ty for p in parts]
-    if isinstance(lead[1], int) and lead[1] == 1 and are_constant:
+    if _is_one(lead[1]) and _are_constant(weight_values):
         kernel = builder.kernel(templates.attend_new, placed, caches, rotation)
         if kernel is not None:
             scratch = _scratch(builder, attention, lead[0])

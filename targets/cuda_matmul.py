@@ -153,10 +153,9 @@ class CudaMatmul:
                     store(codes, value, line * fmt.digits + digit, group, word)
 
                 made.early()
-                block.wait()
                 row.round(made.late(), fmt, put)
 
-            launch([b, s], threads, self.serial, body, waits=True)
+            launch([b, s], threads, self.serial, body)
 
         return build(emit)
 
@@ -866,7 +865,7 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class _Maker:
-    """Makes a row; ``early`` is what needs nothing that other kernels write."""
+    """Makes a row; ``early`` needs nothing that other kernels write: weights of norms, at most."""
 
     early: Callable[[], None]
     late: Callable[[], Private]
