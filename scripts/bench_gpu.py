@@ -244,6 +244,7 @@ def torch_rate(folder: Path) -> Any:
     rates = []
     for _ in range(REPEATS):
         at.fill_(prompt)
+        cache.reset()  # it counts steps too
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(count):

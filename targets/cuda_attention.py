@@ -46,7 +46,7 @@ _HELPERS: Final = 8
 _TILE: Final = 4096
 """Floats of a tile of keys, and of rows: 16 KiB of shared memory each."""
 
-_WARPS: Final = 8
+_WARPS: Final = 4
 """Warps of a block that share the keys of a decode step."""
 
 _LEAST: Final = 16
@@ -69,7 +69,7 @@ class CudaAttention:
     In a decode step ``splits`` blocks share the keys of a head, if that leaves enough to each.
     """
 
-    splits: int = 32
+    splits: int = 64
     serial: bool = False
 
     def append(self, a: Attention, caches: Caches) -> tirx.PrimFunc:

@@ -12,9 +12,10 @@ reads must belong to one thread), of memory limits, or of speed.
 
 Kernels of a stream overlap (programmatic dependent launch, of CUDA's programming guide) on GPUs
 that can: a grid starts while the one before it drains, and waits for it before it reads what
-kernels write (``Block.wait``). ``overlap`` says so to TVM.
+kernels write (``Block.wait``). ``finish`` says so to TVM.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ __device__ __forceinline__ void mxcompile_announce(const void* place) {
 
 _RELEASE: Final = "mxcompile_release"
 _WAIT: Final = "mxcompile_wait"
+_RESIDENT: Final = "mxcompile_resident_"
+"""CUDA functions that ``finish`` finds in a kernel; the last one, named with a number, is empty."""
 
 _OVERLAPS: Final = 90
 """From this compute capability on, ten times over, a GPU overlaps kernels."""
@@ -245,10 +248,13 @@ def launch(
     body: Callable[[Block], None],
     *,
     waits: bool = False,
+    resident: int = 0,
 ) -> None:
     """Run ``body`` for every block of a grid of one to three dimensions.
 
-    A body that ``waits`` calls ``Block.wait`` itself, once, after what needs no other kernel.
+    A body that ``waits`` calls ``Block.wait`` itself, once, after what needs no other kernel. If
+    ``resident`` is given, registers are few enough for so many blocks on a multiprocessor: those of
+    the kernels before and after find room beside them.
     """
     with ExitStack() as stack:
         if serial:
@@ -260,6 +266,8 @@ def launch(
             for axis, n in zip("xyz", grid, strict=False)
         ]
         thread = stack.enter_context(T.launch_thread("threadIdx.x", threads))
+        if resident:
+            _call(f"{_RESIDENT}{resident}", "")
         _depend(_RELEASE, "launch_dependents")
         block = Block(tuple(index), threads, serial, thread)
         if not waits:
@@ -270,24 +278,32 @@ def launch(
 def _depend(name: str, instruction: str) -> None:
     """Call an instruction that GPUs before Hopper do without."""
     guarded = f"""
-__device__ __forceinline__ void {name}() {{
 #if __CUDA_ARCH__ >= {10 * _OVERLAPS}
   asm volatile("griddepcontrol.{instruction};" ::: "memory");
 #endif
-}}
 """
-    T.evaluate(cuda_func_call(name, source_code=guarded))
+    _call(name, guarded)
+
+
+def _call(name: str, body: str) -> None:
+    """Call a CUDA function of no arguments."""
+    source = f"__device__ __forceinline__ void {name}() {{{body}}}\n"
+    T.evaluate(cuda_func_call(name, source_code=source))
 
 
 @tvm.tirx.transform.prim_func_pass(opt_level=0)  # type: ignore[untyped-decorator]
-def overlap(function: PrimFunc, _mod: tvm.IRModule, _context: Any) -> PrimFunc:
-    """A pass over device code: a kernel that waits for the one before it starts while that runs.
+def finish(function: PrimFunc, _mod: tvm.IRModule, _context: Any) -> PrimFunc:
+    """A pass over device code, which has what ``launch`` asked for said in attributes.
 
-    Its parameters may not be declared free of aliases then. Compilers take what is read through
-    such a pointer, and never written, for constant, and read it before the wait.
+    A kernel that waits for the one before it starts while that runs, where the GPU can. Its
+    parameters may not be declared free of aliases then: compilers take what is read through such a
+    pointer, and never written, for constant, and read it before the wait.
     """
+    text = str(function.body)
+    if found := re.search(f'"{_RESIDENT}(\\d+)"', text):
+        function = function.with_attr("tirx.launch_bounds_min_blocks_per_sm", int(found[1]))
     arch = str(function.attrs["target"].attrs.get("arch", ""))
-    if int(arch.removeprefix("sm_") or 0) < _OVERLAPS or f'"{_WAIT}"' not in str(function.body):
+    if int(arch.removeprefix("sm_") or 0) < _OVERLAPS or f'"{_WAIT}"' not in text:
         return function
     tags = [*function.attrs[_TAGS], "tirx.use_programtic_dependent_launch"]
     return function.with_attr(_TAGS, tags).with_attr("tirx.noalias", False)

@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.s_tir import dlight
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
 
-from mxcompile.targets.cuda_block import PHASED, overlap
+from mxcompile.targets.cuda_block import PHASED, finish
 
 _NAME: Final = "mxcompile-cuda"
 
@@ -68,6 +68,6 @@ def _factory() -> tuple[Any, Any, Any]:
         return result
 
     def finalize() -> Any:
-        return tvm.transform.Sequential([finalize_device(), overlap])
+        return tvm.transform.Sequential([finalize_device(), finish])
 
     return both, finalize_host, finalize
