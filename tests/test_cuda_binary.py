@@ -9,9 +9,10 @@ import tvm
 
 from mxcompile import gpu, linker
 from mxcompile.errors import UsageError
-from mxcompile.formats import CACHE_FORMATS
+from mxcompile.formats import ACTIVATION_FORMATS, CACHE_FORMATS
 from mxcompile.targets import cuda_binary
 from mxcompile.targets.cpu_attention import Attention, Caches
+from mxcompile.targets.cpu_matmul import Norm
 from mxcompile.targets.cpu_norm import Runs
 from mxcompile.targets.cuda_attention import CudaAttention
 from mxcompile.targets.cuda_matmul import CudaMatmul
@@ -80,3 +81,22 @@ def test_tvm_keeps_its_barriers_out_of_kernels() -> None:
         built = build_cuda(tvm.IRModule({"k": kernel.with_attr("global_symbol", "k")}), "sm_80")
         source = built.imports[0].inspect_source()
         assert source.count("__syncthreads") == str(kernel).count("tvm_storage_sync")
+
+
+@pytest.mark.parametrize(("arch", "overlaps"), [("sm_89", False), ("sm_90", True)])
+def test_kernels_overlap_where_the_gpu_can(arch: str, overlaps: bool, tmp_path: Path) -> None:
+    """A kernel that starts early waits, and nothing lets the compiler read before it does."""
+    require_compiler()
+    rounded = (
+        CudaMatmul().only(("int4",)).matmul_rounded(Norm(64, 1e-6), ACTIVATION_FORMATS["int8"])
+    )
+    assert rounded is not None
+    built = build_cuda(tvm.IRModule({"k": rounded.with_attr("global_symbol", "k")}), arch)
+    source = built.imports[0].inspect_source()
+    body = source[source.rindex("__global__") :]
+    assert body.index("mxcompile_release()") < body.index("mxcompile_wait()")
+    assert "__launch_bounds__(256, 3)" in body
+    assert ("__restrict__" not in body) == overlaps
+    path = tmp_path / "k.so"
+    built.export_library(str(path))
+    assert (b"use_programtic_dependent_launch" in path.read_bytes()) == overlaps
