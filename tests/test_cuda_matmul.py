@@ -110,8 +110,9 @@ def test_a_row_is_made_rounded_and_multiplied(
 ) -> None:
     source = SOURCES[name]
     columns = source.size if isinstance(source, Gate) else source.columns
-    kernel = reading.matmul.matmul_rounded(source, fmt)
-    weight = Weight.random(6 * ROW_TILE, columns, TileFormats.parse(MIX))
+    formats = TileFormats.parse("nf4,int3,int3,nf4,int3,int3")
+    kernel = reading.matmul.only(("int3", "nf4")).matmul_rounded(source, fmt)
+    weight = Weight.random(6 * ROW_TILE, columns, formats)
     count = 1 if isinstance(source, Rows) else 2
     inputs = list(activations(4, columns)[:count, None, None])
     if isinstance(source, Norm):
