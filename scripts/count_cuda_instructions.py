@@ -1,16 +1,15 @@
 """Count what the loops of the CUDA GEMV cost, on a machine without a GPU; prints a table.
 
 For every weight format: the instructions that a thread issues for each byte of weights, from the
-disassembly of the compiled kernel, and the share of a GPU's issue slots that this takes when
-weights arrive as fast as its memory gives them. Below 100 % memory is the bound, as far as enough
-loads are under way. Takes ``pip install nvidia-cuda-nvdisasm`` beside a CUDA compiler.
+disassembly of the kernel for that format alone, and the share of a GPU's issue slots that this
+takes when weights arrive as fast as its memory gives them. Below 100 % memory is the bound, as far
+as enough loads are under way. Takes ``pip install nvidia-cuda-nvdisasm`` beside a CUDA compiler.
 """
 
 import argparse
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -18,7 +17,7 @@ from typing import Final
 import tvm
 
 from mxcompile import gpu, target
-from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, GROUP, SCALE_BITS, ZERO_BITS
+from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, GROUP, SCALE_BITS, ZERO_BITS, Format
 from mxcompile.targets import cuda_binary, cuda_schedule
 from mxcompile.targets.cuda_matmul import ROWS, CudaMatmul
 
@@ -35,13 +34,13 @@ LAYOUTS: Final = tuple({fmt.layout: fmt for fmt in FORMATS.values()}.values())
 """The formats that kernels tell apart."""
 
 LEAST: Final = 150
-"""Instructions of a loop over groups; the others are shorter."""
+"""Instructions of the loop over groups, and of what it is in; others are shorter."""
 
 
-def disassemble(arch: str) -> str:
-    """The machine code of the kernels for quantized activations."""
+def disassemble(arch: str, fmt: Format) -> str:
+    """The machine code of the kernels for quantized activations and weights of one format."""
     where = target.find(f"cuda-{arch}")
-    function = CudaMatmul().matmul_quantized(ACTIVATION_FORMATS["int8"])
+    function = CudaMatmul().only((fmt.name,)).matmul_quantized(ACTIVATION_FORMATS["int8"])
     module = tvm.IRModule({"matmul": function.with_attr("global_symbol", "matmul")})
     tvm_target = tvm.target.Target(dict(where.tvm))
     with tvm_target, cuda_binary.embedding(str(where.tvm["arch"])):
@@ -56,8 +55,12 @@ def disassemble(arch: str) -> str:
     return done.stdout
 
 
-def loops(code: str, kernel: str) -> list[int]:
-    """The instructions of a kernel's outer loops, in the order of the code."""
+def loop(code: str, kernel: str) -> int:
+    """The instructions of a kernel's loop over groups.
+
+    Raises:
+        ValueError: it cannot be told from others.
+    """
     (body,) = re.findall(rf"\n{kernel}:\n(.*?)(?=\n\t\.section|\Z)", code, re.DOTALL)
     labels: dict[str, int] = {}
     instructions: list[str] = []
@@ -71,29 +74,26 @@ def loops(code: str, kernel: str) -> list[int]:
         jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
         if jump and labels.get(jump[1], end + 1) <= end:
             spans.append((labels[jump[1]], end + 1))
-    outer = [s for s in spans if not any(o[0] <= s[0] and s[1] <= o[1] and o != s for o in spans)]
-    return [end - start for start, end in sorted(outer) if end - start >= LEAST]
+    long = [(start, end) for start, end in spans if end - start >= LEAST]
+    inner = [s for s in long if not any(s[0] <= o[0] and o[1] <= s[1] and o != s for o in long)]
+    ((start, end),) = inner
+    return end - start
 
 
 def main() -> None:
     """Print a row for every format."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.parse_args()
-    counts = {}
-    for name, (arch, *_) in GPUS.items():
-        counts[name] = loops(disassemble(arch), "matmul_kernel")
-        if len(counts[name]) != len(LAYOUTS):
-            sys.exit(f"{name}: loops of {counts[name]} instructions for {len(LAYOUTS)} layouts")
     print("| format | " + " | ".join(GPUS) + " |")
     print("|--------|" + "----:|" * len(GPUS))
-    for index, fmt in enumerate(LAYOUTS):
+    for fmt in LAYOUTS:
         size = ROWS * (GROUP * fmt.bits + SCALE_BITS + ZERO_BITS) / 8
         cells = []
-        for name, (_, processors, ghz, bandwidth) in GPUS.items():
-            per_byte = counts[name][index] / size
+        for arch, processors, ghz, bandwidth in GPUS.values():
+            per_byte = loop(disassemble(arch, fmt), "matmul_kernel") / size
             share = per_byte * bandwidth / (processors * 128 * ghz)
             cells.append(f"{per_byte:.1f}, {100 * share:.0f} %")
-        print(f"| {fmt} | " + " | ".join(cells) + " |")
+        print(f"| {fmt} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
