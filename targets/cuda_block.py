@@ -47,12 +47,6 @@ __device__ __forceinline__ void mxcompile_mma(int* c, const int* a, const int* b
 """
 
 
-_ANNOUNCE: Final = """
-__device__ __forceinline__ void mxcompile_announce(const void* place) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(place));
-}
-"""
-
 _RELEASE: Final = "mxcompile_release"
 _WAIT: Final = "mxcompile_wait"
 _RESIDENT: Final = "mxcompile_resident_"
@@ -192,15 +186,6 @@ class Block:
                     both = hold(combine(values.get(low, index), values.get(low + lane, index)))
                     values.set(low, both, index)
                     values.set(low + lane, both, index)
-
-    def announce(self, buffer: Any, index: Expr) -> None:
-        """Ask for what lies at an index, to be in the GPU's cache soon."""
-        if not self.serial:
-            T.evaluate(
-                cuda_func_call(
-                    "mxcompile_announce", T.address_of(buffer[index]), source_code=_ANNOUNCE
-                )
-            )
 
     def dp4a(self, a: Expr, b: Expr, c: Expr) -> Expr:
         """``c`` plus the dot product of four signed bytes of each word."""

@@ -80,9 +80,6 @@ _RECORD: Final = 12
 _REGISTERS: Final = 1 << 16
 """Registers of a multiprocessor."""
 
-_LINE: Final = 128
-"""Bytes that a GPU's cache holds together."""
-
 _WARPS: Final = 2048
 """Warps that a GPU is given before each has a tile of its own: some 16 a multiprocessor."""
 
@@ -368,17 +365,14 @@ class CudaMatmul:
 
             def fetch(t: Expr, step: Expr) -> None:
                 split = t // WARP & (T.int32(1) << shift) - 1
-                index = hold((step << T.cast(shift, "int64")) + split)
-                later = hold(index + (T.int64(1) << T.cast(shift, "int64")))
-                fetched.group.set(t, T.int64(-1))
+                index = hold((T.cast(step, "int32") << shift) + split)
+                fetched.group.set(t, T.int32(-1))
                 with when(index < blocks):
                     for tile in entry.formats(t, tile_of(t), count):
                         run = tile.run(index)
                         lane_group = hold(t % WARP // 4)
                         with when(lane_group < run.length):
                             fetched.fetch(t, run.group(lane_group))
-                        with when(later < blocks):
-                            tile.run(later).announce(block, t % WARP)
 
             def prefetch(t: Expr) -> None:
                 tile = hold(block.index[0] * tiles + t // ROW_TILE)
@@ -391,7 +385,7 @@ class CudaMatmul:
             def multiply(first: Expr) -> Callable[[Expr], None]:
                 def body(t: Expr) -> None:
                     with when(fetched.group.get(t) >= 0):
-                        place = hold(fetched.group.get(t) - first)
+                        place = hold(fetched.group.get(t) - T.cast(first, "int32"))
                         records = [registers(_RECORD, "int32") for _ in range(digits)]
                         for line, record in enumerate(records):
                             for at, lanes in ((0, 4), (4, 4), (8, 2)):
@@ -688,8 +682,8 @@ class _Kept:
             assert self._entries is not None
             return tuple(self._entries.get(t, i) for i in range(4))
 
-        base = T.cast(self._place.get(t, 1), "int64")
-        return self._weight.by_layout(self._place.get(t), base, entries, index, count)
+        layout, base = (self._place.get(t, i) for i in range(2))
+        return self._weight.by_layout(layout, base, entries, index, count)
 
 
 class _Fetched:
@@ -701,7 +695,7 @@ class _Fetched:
     def __init__(self, block: Block, weight: "_Weight") -> None:
         self.words = block.private(ROWS * max(fmt.bits for fmt in weight.known), "uint32")
         self.sides = block.private(ROWS, "int32")
-        self.group = block.private(1, "int64")
+        self.group = block.private(1, "int32")
 
     def fetch(self, t: Expr, group: "_Group") -> None:
         """Ask for a group."""
@@ -1063,7 +1057,7 @@ class _Weight:
     def formats(self, t: Expr, count: Expr) -> Iterator["_Tile"]:
         """Tile ``t`` of ``count`` groups once for every layout, each time inside its branch."""
         layout = hold(self.table[t, 0])
-        base = hold(T.cast(self.table[t, 1], "int64"))
+        base = hold(self.table[t, 1])
         return self.by_layout(layout, base, lambda: self.entries(t), t, count)
 
     def by_layout(
@@ -1120,20 +1114,23 @@ class _Tile:
             yield self.run(hold(first + i * step))
 
     def run(self, index: Expr) -> "_Run":
-        """A block, counted from the first that has groups."""
+        """A block, counted from the first that has groups.
+
+        Vectors are counted in 32 bits, as in the table: a GPU calculates in no others.
+        """
         side = BLOCK * SIDE // VECTOR
-        rest = self.count % BLOCK
+        index, rest = T.cast(index, "int32"), T.cast(self.count % BLOCK, "int32")
         header = (rest * SIDE + 2 * ROW_TILE + VECTOR - 1) // VECTOR
         at_rest = T.And(rest > 0, index == 0)
-        before = index - T.Select(rest > 0, T.int64(1), T.int64(0))
+        before = index - T.Select(rest > 0, T.int32(1), T.int32(0))
         whole = header + rest * self.fmt.bits + before * (side + BLOCK * self.fmt.bits)
-        start = hold(self.base + T.Select(at_rest, T.int64(0), whole))
+        start = hold(self.base + T.Select(at_rest, T.int32(0), whole))
         return _Run(
             self,
-            hold(T.Select(at_rest, T.int64(0), rest + before * BLOCK)),
-            hold(T.Select(at_rest, rest, T.int64(BLOCK))),
+            hold(T.Select(at_rest, T.int32(0), rest + before * BLOCK)),
+            hold(T.Select(at_rest, rest, T.int32(BLOCK))),
             start,
-            hold(start + T.Select(at_rest, header, T.int64(side))),
+            hold(start + T.Select(at_rest, header, T.int32(side))),
         )
 
     def group(self, index: Expr) -> "_Group":
@@ -1184,23 +1181,15 @@ class _Run:
     start: Expr
     codes: Expr
 
-    def announce(self, block: Block, lane: Expr) -> None:
-        """Have a warp bring the block into the GPU's cache: its data will be asked for soon."""
-        lines = -(-BLOCK * (SIDE + self.tile.fmt.bits * VECTOR) // _LINE)
-        for at in range(0, lines, WARP):
-            with when(lane + at < lines):
-                block.announce(
-                    self.tile.weight.words, (self.start * VECTOR + (lane + at) * _LINE) // 4
-                )
-
     def group(self, i: Expr) -> "_Group":
         """A group by its place in the block."""
+        i, start = T.cast(i, "int32"), T.cast(self.start, "int64") * ROW_TILE
         return _Group(
             self.tile,
             hold(self.first + i),
-            hold(self.start * ROW_TILE + i * (ROW_TILE // 4)),
-            hold(self.start * ROW_TILE + self.length * (ROW_TILE // 4) + i * (ROW_TILE // 8)),
-            hold(self.codes + i * self.tile.fmt.bits),
+            hold(start + i * (ROW_TILE // 4)),
+            hold(start + self.length * (ROW_TILE // 4) + i * (ROW_TILE // 8)),
+            hold(T.cast(self.codes + i * self.tile.fmt.bits, "int64")),
         )
 
 
