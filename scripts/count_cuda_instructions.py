@@ -19,7 +19,8 @@ import tvm
 from mxcompile import gpu, target
 from mxcompile.formats import ACTIVATION_FORMATS, FORMATS, GROUP, SCALE_BITS, ZERO_BITS, Format
 from mxcompile.targets import cuda_binary, cuda_schedule
-from mxcompile.targets.cuda_matmul import ROWS, CudaMatmul
+from mxcompile.targets.cuda_matmul import CudaMatmul
+from mxcompile.targets.cuda_weight import ROWS
 
 GPUS: Final = {
     "A100": ("sm80", 108, 1.41, 1555),

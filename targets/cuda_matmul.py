@@ -18,10 +18,8 @@ Sums are exact in int32 within a group. What the sums of groups are added up in 
 so results agree to float32 rounding, not bit by bit.
 """
 
-import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -30,16 +28,15 @@ from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from mxcompile.formats import FORMATS, GROUP, ZERO_BITS, ActivationFormat, Format, groups
+from mxcompile.formats import FORMATS, GROUP, ActivationFormat, groups
 from mxcompile.plan import ROW_TILE
-from mxcompile.targets.cpu_matmul import Gate, Norm, Residual, Rows, Source
+from mxcompile.targets.cpu_matmul import Gate, Norm, Residual, Source
 from mxcompile.targets.cpu_norm import int64, param, symbol
 from mxcompile.targets.cuda_block import (
     WARP,
     Block,
     Private,
     build,
-    byte_perm,
     hold,
     launch,
     load,
@@ -48,13 +45,18 @@ from mxcompile.targets.cuda_block import (
     strided,
     when,
 )
-from mxcompile.targets.packing import BLOCK, QUADS, SIDE, VECTOR
-
-WORDS: Final = GROUP // 4 + 2
-"""Words of a quantized group of an activation row: codes, scale, sum."""
-
-ROWS: Final = 4
-"""Rows of a tile that a thread of a GEMV takes: 16 bytes of each vector."""
+from mxcompile.targets.cuda_rounding import (
+    ACTIVATIONS,
+    MAKERS,
+    WORDS,
+    Row,
+    columns_of,
+    declare,
+    declare_total,
+    round_quads,
+)
+from mxcompile.targets.cuda_weight import ROWS, Group, Tile, Weight, row_of
+from mxcompile.targets.packing import BLOCK, QUADS
 
 COLUMNS: Final = 8
 """Activation rows that one ``mma`` takes."""
@@ -85,12 +87,6 @@ _WARPS: Final = 2048
 
 _GATHERERS: Final = 128
 """Threads of a block that gathers a row, a quad of columns each."""
-
-_ROUND: Final = 1.5 * 2.0**23
-"""Added to a float of magnitude below 2**22, leaves it rounded half to even in the low bits."""
-
-_TINY: Final = 2.0**-120
-"""Groups whose magnitudes are all below are taken for 0: their scale has no finite inverse."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +136,13 @@ class CudaMatmul:
         def emit() -> None:
             b, s, m, q = map(symbol, "bsmq")
             inputs = declare(source, b, s)
-            total = _total(source, b, s)
+            total = declare_total(source, b, s)
             records = param("Q", (m, q), "int8")
 
             def body(block: Block) -> None:
                 at = block.index
-                row = _Row(block, source.columns)
-                made = _MAKERS[type(source)](source, row, inputs, total, at, None)
+                row = Row(block, source.columns)
+                made = MAKERS[type(source)](source, row, inputs, total, at, None)
                 codes, line = _lines(records, fmt.digits), at[0] * s + at[1]
 
                 def put(digit: int, group: Expr, word: int | Expr, value: Expr) -> None:
@@ -168,14 +164,14 @@ class CudaMatmul:
         def emit() -> None:
             n, one = symbol("n"), int64(1)
             inputs = declare(source, one, one)
-            open_weight = _Weight.declare(self.serial, self.formats)
-            total, y = _total(source, one, one), param("Y", (one, n))
+            open_weight = Weight.declare(self.serial, self.formats)
+            total, y = declare_total(source, one, one), param("Y", (one, n))
             count = groups(columns)
 
             def prepare(block: Block, staged: Any) -> _Staging:
-                row = _Row(block, columns)
+                row = Row(block, columns)
                 at, is_first = (int64(0), int64(0)), block.index[0] == 0
-                made = _MAKERS[type(source)](source, row, inputs, total, at, is_first)
+                made = MAKERS[type(source)](source, row, inputs, total, at, is_first)
 
                 def put(digit: int, group: Expr, word: int | Expr, value: Expr) -> None:
                     store(staged, value, digit * (-(-count // BLOCK) * BLOCK) + group, word)
@@ -203,7 +199,7 @@ class CudaMatmul:
             def product(row: Expr, column: Expr) -> Expr:
                 at = row // s, row % s
                 x = hold(opener[(*at, gate.gate.offset + column)])
-                return _ACTIVATIONS[gate.function](x) * gated[(*at, gate.up.offset + column)]
+                return ACTIVATIONS[gate.function](x) * gated[(*at, gate.up.offset + column)]
 
             self._round_apart(records, fmt, product, int64(gate.size))
 
@@ -233,7 +229,7 @@ class CudaMatmul:
                 store(codes, value, row * fmt.digits + digit, group, word)
 
             block.phase(look, barrier=False)
-            _round_quads(block, values, 0, quad, codes.shape[1], fmt, put)
+            round_quads(block, values, 0, quad, codes.shape[1], fmt, put)
 
         launch([records.shape[0], steps], _ROUNDERS, self.serial, body)
 
@@ -244,7 +240,7 @@ class CudaMatmul:
             m, n, q = map(symbol, "mnq")
             records, open_weight = (
                 param("Q", (m, q), "int8"),
-                _Weight.declare(self.serial, self.formats),
+                Weight.declare(self.serial, self.formats),
             )
             y = param("Y", (m, n))
             codes, weight = _lines(records, fmt.digits), open_weight()
@@ -265,7 +261,7 @@ class CudaMatmul:
 
         def emit() -> None:
             m, n, k = map(symbol, "mnk")
-            x, open_weight = param("X", (m, k)), _Weight.declare(self.serial, self.formats)
+            x, open_weight = param("X", (m, k)), Weight.declare(self.serial, self.formats)
             y = param("Y", (m, n))
             weight = open_weight()
             with T.If(m == 1):
@@ -283,7 +279,7 @@ class CudaMatmul:
             m, k = map(symbol, "mk")
             ids, open_weight = (
                 param("ids", (m,), "int64"),
-                _Weight.declare(self.serial, self.formats),
+                Weight.declare(self.serial, self.formats),
             )
             y = param("Y", (m, k))
             weight = open_weight()
@@ -305,7 +301,7 @@ class CudaMatmul:
 
         return build(emit)
 
-    def _multiply_row(self, weight: "_Weight", q: Any, y: Any, digits: int) -> None:
+    def _multiply_row(self, weight: Weight, q: Any, y: Any, digits: int) -> None:
         """One activation row that was rounded elsewhere; its digits are the lines of ``q``."""
         count, kept = q.shape[1], _KEPT // digits // BLOCK
 
@@ -330,7 +326,7 @@ class CudaMatmul:
 
     def _gemv(
         self,
-        weight: "_Weight",
+        weight: Weight,
         y: Any,
         count: Expr,
         digits: int,
@@ -436,7 +432,7 @@ class CudaMatmul:
         resident = _REGISTERS // (80 * warps * WARP)
         launch(grid, warps * WARP, self.serial, body, waits=True, resident=resident)
 
-    def _dot_rows(self, weight: "_Weight", x: Any, y: Any, rows: int) -> None:
+    def _dot_rows(self, weight: Weight, x: Any, y: Any, rows: int) -> None:
         """A block for a tile and ``rows`` rows of floats; its warps take 8 groups in turn."""
         m, n, k = x.shape[0], y.shape[1], x.shape[1]
         threads, count = self.splits * WARP, (k + GROUP - 1) // GROUP
@@ -483,9 +479,7 @@ class CudaMatmul:
 
         launch([weight.tiles, (m + rows - 1) // rows], threads, self.serial, body)
 
-    def _mma(
-        self, weight: "_Weight", q: Any, y: Any, digits: int, tiles: int, batches: int
-    ) -> None:
+    def _mma(self, weight: Weight, q: Any, y: Any, digits: int, tiles: int, batches: int) -> None:
         """A block has ``tiles`` tiles and 8 times ``batches`` lines of ``q``.
 
         A line is a digit of an activation row; the warps of a tile split K.
@@ -605,7 +599,7 @@ class CudaMatmul:
     def _store_mma(
         self,
         block: Block,
-        weight: "_Weight",
+        weight: Weight,
         y: Any,
         sums: Private,
         first: tuple[Expr, Expr],
@@ -657,7 +651,7 @@ _SAME_ROWS: Final = (4, 8, 16)
 class _Kept:
     """What each thread knows of its tile, so that the table is read once."""
 
-    def __init__(self, block: Block, weight: "_Weight") -> None:
+    def __init__(self, block: Block, weight: Weight) -> None:
         self._weight = weight
         self._place = block.private(2, "int32")
         coded = any(fmt.codebook for fmt in weight.known)
@@ -675,7 +669,7 @@ class _Kept:
                         for i, word in enumerate(self._weight.entries(index)):
                             self._entries.set(t, word, i)
 
-    def formats(self, t: Expr, index: Expr, count: Expr) -> "Iterator[_Tile]":
+    def formats(self, t: Expr, index: Expr, count: Expr) -> "Iterator[Tile]":
         """The tile once for every layout, each time inside its branch."""
 
         def entries() -> tuple[Expr, ...]:
@@ -692,12 +686,12 @@ class _Fetched:
     The number is below 0 where a thread has none.
     """
 
-    def __init__(self, block: Block, weight: "_Weight") -> None:
+    def __init__(self, block: Block, weight: Weight) -> None:
         self.words = block.private(ROWS * max(fmt.bits for fmt in weight.known), "uint32")
         self.sides = block.private(ROWS, "int32")
         self.group = block.private(1, "int32")
 
-    def fetch(self, t: Expr, group: "_Group") -> None:
+    def fetch(self, t: Expr, group: Group) -> None:
         """Ask for a group."""
         words, sides = group.part(t % 4)
         for i in range(ROWS * group.fmt.bits):
@@ -712,7 +706,7 @@ class _Fetched:
 
 
 def _dots(
-    block: Block, t: Expr, tile: "_Tile", fetched: _Fetched, records: list[Any], sums: Private
+    block: Block, t: Expr, tile: Tile, fetched: _Fetched, records: list[Any], sums: Private
 ) -> None:
     """Add a group's product with a row's digits (``records``) to the sums of a thread's 4 rows."""
     sides = [fetched.sides.get(t, i) for i in range(ROWS)]
@@ -730,7 +724,7 @@ def _dots(
 
 
 def _f32_dots(
-    x: Any, group: "_Group", part: Expr, places: list[Expr], add: Callable[[int, Expr], None]
+    x: Any, group: Group, part: Expr, places: list[Expr], add: Callable[[int, Expr], None]
 ) -> None:
     """Add a group's product with rows of x: ``r * ROWS + i`` is of place r and the part's row i."""
     words, sides = group.part(part)
@@ -739,7 +733,7 @@ def _f32_dots(
     for index in range(len(places) * ROWS):
         store(dots, T.float32(0), index)
     with T.unroll(0, QUADS) as quad:
-        codes = [hold(group.tile.quad(quad, partial(_row_of, words, i))) for i in range(ROWS)]
+        codes = [hold(group.tile.quad(quad, partial(row_of, words, i))) for i in range(ROWS)]
         for byte in range(4):
             column = hold(group.index * GROUP + quad * 4 + byte)
             inside = column < x.shape[1]
@@ -752,7 +746,7 @@ def _f32_dots(
         add(index, dots[index] * T.cast(sides[index % ROWS] & 255, "float32"))
 
 
-def _gather_quad(tile: "_Tile", y: Any, i: Expr, row: Expr, quad: Expr) -> None:
+def _gather_quad(tile: Tile, y: Any, i: Expr, row: Expr, quad: Expr) -> None:
     """Dequantize 4 columns of a row. A code times scale is exact: only the last product rounds."""
     group = tile.group(hold(quad // QUADS))
     side = hold(group.side(row))
@@ -767,496 +761,6 @@ def _gather_quad(tile: "_Tile", y: Any, i: Expr, row: Expr, quad: Expr) -> None:
 
 _Staging = tuple[Callable[[], None], Callable[[Expr], None]]
 """What a product does to have records in shared memory: before it waits, and from a group on."""
-
-_Put = Callable[[int, Expr, int | Expr, Expr], None]
-"""Writes a word of a record: digit, group, which word, value."""
-
-
-def columns_of(source: Source) -> int:
-    """The columns of a row."""
-    return source.size if isinstance(source, Gate) else source.columns
-
-
-def declare(source: Source, b: Expr, s: Expr) -> list[Any]:
-    """Declares what rows are made of as the next parameters."""
-    if isinstance(source, Gate):
-        return [param("G", (b, s, source.gate.width)), param("U", (b, s, source.up.width))]
-    shape, weight = (b, s, source.columns), (source.columns,)
-    if isinstance(source, Rows):
-        return [param("X", shape)]
-    if isinstance(source, Norm):
-        return [param("X", shape), param("weight", weight)]
-    names = ["R", "Y", "weight", *([] if source.inner_eps is None else ["inner"])]
-    return [param(name, shape if name in "RY" else weight) for name in names]
-
-
-def _total(source: Source, b: Expr, s: Expr) -> Any:
-    """Declares where the sum of a residual goes as the next parameter."""
-    return param("H", (b, s, source.columns)) if isinstance(source, Residual) else None
-
-
-def _gelu_tanh(x: Expr) -> Expr:
-    inner = x * (T.float32(1) + T.float32(0.044715) * x * x) * T.float32(math.sqrt(2 / math.pi))
-    return T.float32(0.5) * x * (T.float32(1) + T.tanh(inner))
-
-
-def _silu(x: Expr) -> Expr:
-    return x / (T.float32(1) + T.exp(-x))
-
-
-_ACTIVATIONS: Final = {"gelu_tanh": _gelu_tanh, "silu": _silu}
-
-
-class _Row:
-    """A row that the threads of a block hold, quads of columns in turn."""
-
-    def __init__(self, block: Block, columns: int) -> None:
-        self.block, self._columns = block, columns
-        self._quads = -(-columns // (4 * block.threads))
-
-    def room(self) -> Private:
-        """Make room for numbers."""
-        return self.block.private(4 * self._quads)
-
-    def each(self, t: Expr, body: Callable[[Expr, int], None]) -> None:
-        """Run ``body(column, which of the thread's)`` for the columns of a thread."""
-        for i in range(4 * self._quads):
-            column = hold(self._quad(i // 4, t) * 4 + i % 4)
-            with when(column < self._columns):
-                body(column, i)
-
-    def load(self, into: Private, read: Callable[[Expr], Expr]) -> None:
-        """Read all columns; zeros follow them."""
-
-        def body(t: Expr) -> None:
-            into.fill(t, T.float32(0))
-            self.each(t, lambda column, i: into.set(t, read(column), i))
-
-        self.block.phase(body, barrier=False)
-
-    def normalize(self, values: Private, gains: Private, eps: float) -> None:
-        """Divide by the root of the mean square and multiply by gains."""
-        squares = self.block.private(1)
-
-        def square(t: Expr) -> None:
-            squares.set(t, T.float32(0))
-            for i in range(values.count):
-                squares.add(t, values.get(t, i) * values.get(t, i))
-
-        self.block.phase(square, barrier=False)
-        total = self.block.reduce(squares, operator.add, 0.0)
-
-        def scale(t: Expr) -> None:
-            factor = hold(T.rsqrt(total() * T.float32(1 / self._columns) + T.float32(eps)))
-            for i in range(values.count):
-                values.set(t, values.get(t, i) * factor * gains.get(t, i), i)
-
-        self.block.phase(scale, barrier=False)
-
-    def round(self, values: Private, fmt: ActivationFormat, put: _Put) -> None:
-        """Round to records."""
-        for i in range(self._quads):
-            quad = partial(self._quad, i)
-            _round_quads(self.block, values, 4 * i, quad, groups(self._columns), fmt, put)
-
-    def _quad(self, i: int, t: Expr) -> Expr:
-        return t + i * self.block.threads
-
-
-@dataclass(frozen=True, slots=True)
-class _Maker:
-    """Makes a row; ``early`` needs nothing that other kernels write: weights of norms, at most."""
-
-    early: Callable[[], None]
-    late: Callable[[], Private]
-
-
-def _as_it_is(
-    _: Rows, row: _Row, inputs: list[Any], _total: Any, at: tuple[Expr, ...], keeps: Expr
-) -> _Maker:
-    (x,) = inputs
-    values = row.room()
-
-    def late() -> Private:
-        row.load(values, lambda column: x[(*at, column)])
-        return values
-
-    return _Maker(lambda: None, late)
-
-
-def _normalized(
-    norm: Norm, row: _Row, inputs: list[Any], _total: Any, at: tuple[Expr, ...], keeps: Expr
-) -> _Maker:
-    x, weight = inputs
-    values, gains = row.room(), row.room()
-
-    def late() -> Private:
-        row.load(values, lambda column: x[(*at, column)])
-        row.normalize(values, gains, norm.eps)
-        return values
-
-    return _Maker(lambda: row.load(gains, lambda column: weight[column]), late)
-
-
-def _added(
-    residual: Residual, row: _Row, inputs: list[Any], total: Any, at: tuple[Expr, ...], keeps: Expr
-) -> _Maker:
-    rest, added, weight, *inner = inputs
-    values, terms, gains = row.room(), row.room(), row.room()
-    inner_gains = row.room() if inner else gains
-
-    def early() -> None:
-        row.load(gains, lambda column: weight[column])
-        if inner:
-            row.load(inner_gains, lambda column: inner[0][column])
-
-    def late() -> Private:
-        row.load(terms, lambda column: added[(*at, column)])
-        row.load(values, lambda column: rest[(*at, column)])
-        if residual.inner_eps is not None:
-            row.normalize(terms, inner_gains, residual.inner_eps)
-
-        def add(t: Expr) -> None:
-            for i in range(values.count):
-                values.add(t, terms.get(t, i), i)
-
-        def keep(t: Expr) -> None:
-            with nullcontext() if keeps is None else when(keeps):
-                row.each(t, lambda column, i: store(total, values.get(t, i), *at, column))
-
-        row.block.phase(add, barrier=False)
-        row.block.phase(keep, barrier=False)
-        row.normalize(values, gains, residual.eps)
-        return values
-
-    return _Maker(early, late)
-
-
-def _gated(
-    gate: Gate, row: _Row, inputs: list[Any], _total: Any, at: tuple[Expr, ...], keeps: Expr
-) -> _Maker:
-    opener, gated = inputs
-    values, factors = row.room(), row.room()
-
-    def late() -> Private:
-        row.load(values, lambda column: opener[(*at, gate.gate.offset + column)])
-        row.load(factors, lambda column: gated[(*at, gate.up.offset + column)])
-
-        def multiply(t: Expr) -> None:
-            for i in range(values.count):
-                opened = _ACTIVATIONS[gate.function](values.get(t, i))
-                values.set(t, opened * factors.get(t, i), i)
-
-        row.block.phase(multiply, barrier=False)
-        return values
-
-    return _Maker(lambda: None, late)
-
-
-_MAKERS: Final[Mapping[type, Callable[..., _Maker]]] = {
-    Rows: _as_it_is,
-    Norm: _normalized,
-    Residual: _added,
-    Gate: _gated,
-}
-
-
-def _round_quads(
-    block: Block,
-    values: Private,
-    first: int,
-    quad: Callable[[Expr], Expr],
-    count: int | Expr,
-    fmt: ActivationFormat,
-    put: _Put,
-) -> None:
-    """Round the quad of columns that each thread holds from ``first`` on, of ``count`` groups.
-
-    The 8 threads of a group share its scale and sum.
-    """
-    peak, scale = block.private(1, "int32"), block.private(1)
-    words, totals = block.private(fmt.digits, "int32"), block.private(fmt.digits, "int32")
-
-    def look(t: Expr) -> None:
-        peak.set(t, T.int32(0))
-        for byte in range(4):
-            # The bits of magnitudes order like integers, NaN on top: it ends in the scale.
-            bits = T.reinterpret("int32", values.get(t, first + byte)) & 0x7FFFFFFF
-            peak.set(t, T.max(peak.get(t), bits))
-
-    def round_all(t: Expr) -> None:
-        biggest = hold(T.reinterpret("float32", peak.get(t)))
-        small = biggest < T.float32(_TINY)
-        scale.set(t, T.Select(small, T.float32(0), biggest / T.float32(fmt.top)))
-        # A division, as QuantizeLinear does it: times the inverse, exact halves go the other way.
-        divisor = hold(T.Select(small, T.float32(1), scale.get(t)))
-        offset = T.reinterpret("int32", hold(T.float32(_ROUND)))
-        rest = registers(4, "int32")
-        for byte in range(4):
-            rounded = hold(values.get(t, first + byte) / divisor + T.float32(_ROUND))
-            store(rest, T.reinterpret("int32", rounded) - offset, byte)
-        for digit in reversed(range(fmt.digits)):
-            # A digit is what is left, over its weight; half of the weight rounds to nearest.
-            shift, half = 8 * digit, 1 << 8 * digit >> 1
-            words.set(t, T.int32(0), digit)
-            totals.set(t, T.int32(0), digit)
-            for byte in range(4):
-                value = hold(rest[byte] + half >> shift)
-                store(rest, rest[byte] - (value << shift), byte)
-                totals.add(t, value, digit)
-                words.set(t, words.get(t, digit) | (value & 255) << (8 * byte), digit)
-
-    def write(t: Expr) -> None:
-        at = hold(quad(t))
-        with when(at < count * QUADS):
-            for digit in range(fmt.digits):
-                line, group = fmt.digits - 1 - digit, at // QUADS
-                put(line, group, at % QUADS, words.get(t, digit))
-                with when(at % QUADS == 0):
-                    weighted = hold(scale.get(t) * T.float32(1 << 8 * digit))
-                    put(line, group, WORDS - 2, T.reinterpret("int32", weighted))
-                    put(line, group, WORDS - 1, totals.get(t, digit))
-
-    block.phase(look, barrier=False)
-    block.across(peak, _GROUP_LANES, T.max)
-    block.phase(round_all, barrier=False)
-    block.across(totals, _GROUP_LANES, operator.add)
-    block.phase(write, barrier=False)
-
-
-_GROUP_LANES: Final = (1, 2, 4)
-"""Bits of a thread's number that tell the quads of a group apart."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Weight:
-    """The parameters that a packed weight is passed in; ``words`` is its data, 4 bytes a time."""
-
-    words: Any
-    table: Any
-    serial: bool
-    known: tuple[Format, ...]
-
-    @classmethod
-    def declare(cls, serial: bool, formats: Sequence[str]) -> Callable[[], "_Weight"]:
-        """Declares them as the next parameters; to be called once all parameters are declared."""
-        size, tiles = symbol("size"), symbol("tiles")
-        data, table = param("W", (size,), "uint8"), param("table", (tiles, 3), "int32")
-        known = tuple({FORMATS[name].layout: FORMATS[name] for name in formats}.values())
-
-        def view() -> "_Weight":
-            return cls(T.decl_buffer((size // 4,), "uint32", data=data.data), table, serial, known)
-
-        return view
-
-    @property
-    def tiles(self) -> Expr:
-        """The number of tiles."""
-        return self.table.shape[0]
-
-    def formats(self, t: Expr, count: Expr) -> Iterator["_Tile"]:
-        """Tile ``t`` of ``count`` groups once for every layout, each time inside its branch."""
-        layout = hold(self.table[t, 0])
-        base = hold(self.table[t, 1])
-        return self.by_layout(layout, base, lambda: self.entries(t), t, count)
-
-    def by_layout(
-        self,
-        layout: Expr,
-        base: Expr,
-        entries: Callable[[], tuple[Expr, ...]],
-        t: Expr,
-        count: Expr,
-    ) -> Iterator["_Tile"]:
-        """The same for a tile that has been looked up in the table."""
-        for fmt in self.known:
-            with when(layout == fmt.layout):
-                yield _Tile(self, t, base, count, fmt, entries() if fmt.codebook else ())
-
-    def entries(self, t: Expr) -> tuple[Expr, ...]:
-        """The 16 entries that a tile's codes look up, as signed bytes."""
-        at = hold(T.cast(self.table[t, 2], "int64") * (VECTOR // 4))
-        return tuple(hold(self.words[at + i] ^ _u32(0x80808080)) for i in range(4))
-
-    def row_scale(self, t: Expr, count: Expr, row: Expr) -> Expr:
-        """A row's scale as float32, in units that undo those of its codes.
-
-        The half float is widened by hand: exponent and fraction land in their places, and the
-        product moves the bias, for subnormals as well.
-        """
-        base = T.cast(self.table[t, 1], "int64") * (VECTOR // 4) + count % BLOCK * (SIDE // 4)
-        half = hold(self.words[base + row // 2] >> T.cast(row % 2 * 16, "uint32") & _u32(0xFFFF))
-        bits = (half & _u32(0x7FFF)) << _u32(13) | (half & _u32(0x8000)) << _u32(16)
-        shift = T.max(T.int32(ZERO_BITS) - self.table[t, 0], T.int32(0))
-        unit = T.reinterpret("float32", (T.int32(112 + 127) - shift) << 23)
-        return T.reinterpret("float32", bits) * unit
-
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """A packed tile of a known layout inside a kernel, which starts at the vector ``base``.
-
-    Its codes look up the vector ``entries``, if they do.
-    """
-
-    weight: _Weight
-    index: Expr
-    base: Expr
-    count: Expr
-    fmt: Format
-    entries: tuple[Expr, ...]
-
-    @contextmanager
-    def blocks(self, first: Expr, step: int) -> Iterator["_Run"]:
-        """Loop over every ``step``-th block of groups."""
-        blocks = (self.count + BLOCK - 1) // BLOCK
-        with T.serial(T.int64(0), (blocks - first + step - 1) // step) as i:
-            yield self.run(hold(first + i * step))
-
-    def run(self, index: Expr) -> "_Run":
-        """A block, counted from the first that has groups.
-
-        Vectors are counted in 32 bits, as in the table: a GPU calculates in no others.
-        """
-        side = BLOCK * SIDE // VECTOR
-        index, rest = T.cast(index, "int32"), T.cast(self.count % BLOCK, "int32")
-        header = (rest * SIDE + 2 * ROW_TILE + VECTOR - 1) // VECTOR
-        at_rest = T.And(rest > 0, index == 0)
-        before = index - T.Select(rest > 0, T.int32(1), T.int32(0))
-        whole = header + rest * self.fmt.bits + before * (side + BLOCK * self.fmt.bits)
-        start = hold(self.base + T.Select(at_rest, T.int32(0), whole))
-        return _Run(
-            self,
-            hold(T.Select(at_rest, T.int32(0), rest + before * BLOCK)),
-            hold(T.Select(at_rest, rest, T.int32(BLOCK))),
-            start,
-            hold(start + T.Select(at_rest, header, T.int32(side))),
-        )
-
-    def group(self, index: Expr) -> "_Group":
-        """A group by its number."""
-        rest = self.count % BLOCK
-        skipped = T.Select(rest > 0, T.int64(1), T.int64(0))
-        later = (index - rest) // BLOCK + skipped
-        run = self.run(hold(T.Select(index < rest, T.int64(0), later)))
-        return run.group(hold(index - run.first))
-
-    def quad(self, quad: int | Expr, word: Callable[[int | Expr], Expr]) -> Expr:
-        """The codes of 4 columns of a row, as int32; ``word`` gives the row's word of a vector."""
-        shift = max(0, ZERO_BITS - self.fmt.value_bits)
-        codes, low = None, 0
-        for width in self.fmt.planes:
-            part = word(low + quad * width // 8)
-            if width < 8:
-                part = part >> _u32(quad % (8 // width) * width)
-                part = (part & _u32(0x01010101 * ((1 << width) - 1))) << _u32(low + shift)
-            codes = part if codes is None else codes | part
-            low += width
-        if self.fmt.codebook:
-            codes = self._look_up(hold(codes))
-        elif self.fmt.bits == 8:
-            codes = codes ^ _u32(0x80808080)
-        return T.reinterpret("int32", hold(codes))
-
-    def _look_up(self, codes: Expr) -> Expr:
-        """The entries of 4 codes: a byte permutation picks among 8, so two of them and a choice."""
-        entries, serial = self.entries, self.weight.serial
-        pairs = hold(codes | codes >> _u32(4))
-        selector = hold(pairs & _u32(0x77) | pairs >> _u32(8) & _u32(0x7700))
-        low = byte_perm(entries[0], entries[1], selector, serial)
-        if self.fmt.bits == 3:
-            return low
-        high = byte_perm(entries[2], entries[3], selector, serial)
-        second = hold((codes >> _u32(3) & _u32(0x01010101)) * _u32(255))
-        return low & ~second | high & second
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A block of a tile: its first group, their number, the vectors at which it and codes start."""
-
-    tile: _Tile
-    first: Expr
-    length: Expr
-    start: Expr
-    codes: Expr
-
-    def group(self, i: Expr) -> "_Group":
-        """A group by its place in the block."""
-        i, start = T.cast(i, "int32"), T.cast(self.start, "int64") * ROW_TILE
-        return _Group(
-            self.tile,
-            hold(self.first + i),
-            hold(start + i * (ROW_TILE // 4)),
-            hold(start + self.length * (ROW_TILE // 4) + i * (ROW_TILE // 8)),
-            hold(T.cast(self.codes + i * self.tile.fmt.bits, "int64")),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """A group of a tile; its scales and zero-points start at these words, its codes at this vector.
-
-    A code here is a signed byte: a weight is ``scale * (code + offset)`` in units that make
-    zero-points whole. Codes of 8 bits, and entries that codes look up, are moved down by 128.
-    """
-
-    tile: _Tile
-    index: Expr
-    scales: Expr
-    zeros: Expr
-    codes: Expr
-
-    @property
-    def fmt(self) -> Format:
-        """The format of the tile."""
-        return self.tile.fmt
-
-    @property
-    def words(self) -> Any:
-        """The packed data."""
-        return self.tile.weight.words
-
-    def word(self, row: Expr, quad: Expr) -> Expr:
-        """The codes of 4 columns of a row of the tile."""
-        return self.tile.quad(
-            quad, lambda vector: self.words[(self.codes + vector) * ROW_TILE + row]
-        )
-
-    def side(self, row: Expr) -> Expr:
-        """A row's scale in the low byte, and above it its offset, as int32."""
-        scale = self.words[self.scales + row // 4] >> _u32(row % 4 * 8) & _u32(255)
-        zero = self.words[self.zeros + row % 2] >> _u32(row // 2 * 4) & _u32(15)
-        return self._side(scale, zero)
-
-    def part(self, part: Expr) -> tuple[Any, list[Expr]]:
-        """A thread's words of all vectors, vector by vector, and the sides of its 4 rows."""
-        words = registers(self.fmt.bits * ROWS, "uint32")
-        for vector in range(self.fmt.bits):
-            # In this form TVM sees that it is a multiple of 4, and loads 16 bytes at once.
-            at = (self.codes + vector) * ROW_TILE + part * ROWS
-            store(words, load(self.words, at, lanes=ROWS), vector * ROWS)
-        scales = hold(self.words[self.scales + part])
-        zeros = [hold(self.words[self.zeros + i] >> _u32(part * 8)) for i in range(2)]
-        sides = [
-            hold(
-                self._side(
-                    scales >> _u32(8 * i) & _u32(255), zeros[i % 2] >> _u32(i // 2 * 4) & _u32(15)
-                )
-            )
-            for i in range(ROWS)
-        ]
-        return words, sides
-
-    def _side(self, scale: Expr, zero: Expr) -> Expr:
-        top = 128 if self.fmt.value_bits == 8 else 0
-        zero = T.cast(zero << _u32(max(0, self.fmt.value_bits - ZERO_BITS)), "int32")
-        return T.cast(scale, "int32") | (T.int32(top) - zero) << 8
-
-
-def _row_of(words: Any, row: int, vector: int | Expr) -> Expr:
-    """A row's word of a vector, in what a thread of a GEMV holds."""
-    return words[vector * ROWS + row]
 
 
 def _lines(records: Any, digits: int) -> Any:
@@ -1275,7 +779,3 @@ def _float(codes: Expr, byte: int, zero: Expr) -> Expr:
     """A signed byte of a word as float32, less ``zero``: written into the fraction of 2**23."""
     unsigned = (codes >> (8 * byte) & 255) ^ 0x80
     return T.reinterpret("float32", unsigned | 0x4B000000) - zero
-
-
-def _u32(value: int | Expr) -> Expr:
-    return T.uint32(value) if isinstance(value, int) else T.cast(value, "uint32")
