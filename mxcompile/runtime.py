@@ -184,7 +184,8 @@ class Session:
         self._caches: Any = None
         self._inputs = _Inputs(1, program.device)
         self._decode: _Decode | None = None
-        self._last = program.device.landing((1, 1, self.vocabulary), np.float32)
+        shape, device = (1, 1, self.vocabulary), program.device
+        self._last = None if device.shares else device.landing(shape, np.float32)
 
     def feed(
         self, tokens: ArrayLike, logits: Literal["last", "all"] = "last"

@@ -25,6 +25,7 @@ from mxcompile.formats import GROUP, LEAST_SCALE, SCALE_DTYPE, CacheFormat
 from mxcompile.targets.cpu_attention import Attention, Caches, Mask, Rotation
 from mxcompile.targets.cpu_norm import LOWEST, Columns, int64, param, symbol
 from mxcompile.targets.cuda_block import (
+    LANES,
     WARP,
     Block,
     Private,
@@ -57,9 +58,6 @@ _HELD: Final = 64
 
 _JOINED: Final = 8192
 """Floats by which the warps of a block add up what they found: 32 KiB of shared memory."""
-
-_LANES: Final = (16, 8, 4, 2, 1)
-"""What tells the threads of a warp apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,9 +409,9 @@ class CudaAttention:
 
             # Every warp finds the same.
             block.phase(fetch, barrier=False)
-            block.across(peak, _LANES, T.max)
+            block.across(peak, LANES, T.max)
             block.phase(weigh)
-            block.across(total, _LANES, lambda x, y: x + y)
+            block.across(total, LANES, lambda x, y: x + y)
             block.phase(mix, barrier=False)
 
         pairs = batch * a.kv_heads
@@ -508,7 +506,7 @@ class _Row:
             self.each(t, column)
 
         block.phase(bound, barrier=False)
-        block.across(bounds, _LANES, T.max)
+        block.across(bounds, LANES, T.max)
         block.phase(encode, barrier=False)
         if fmt.bits == 4:
             block.across(codes, (half,), T.bitwise_or)
@@ -1092,7 +1090,7 @@ class _Strips:
 class _Scan:
     """One position's query heads on their way along the keys, in registers.
 
-    A warp takes every eighth key, some of them at a time; its lanes share the columns. There are
+    A warp takes every fourth key, some of them at a time; its lanes share the columns. There are
     ``heads`` of them from ``first`` of the group on; those past the end repeat the last.
     """
 
@@ -1163,7 +1161,7 @@ class _Scan:
                     self._out.set(t, element, g * width + i)
 
         block.phase(score, barrier=False)
-        block.across(self._peak, _LANES, lambda x, y: x + y)
+        block.across(self._peak, LANES, lambda x, y: x + y)
         block.phase(mix, barrier=False)
 
     def walk(self, begin: Expr, end: Expr) -> None:
@@ -1177,7 +1175,7 @@ class _Scan:
             with when(start + step < end):
                 block.phase(lambda t: self._fetch(t, start + step, end), barrier=False)
             block.phase(self._score, barrier=False)
-            block.across(self._scores, _LANES, lambda x, y: x + y)
+            block.across(self._scores, LANES, lambda x, y: x + y)
             block.phase(lambda t: self._mix(t, start, end), barrier=False)
 
     def _capped(self, score: Expr) -> Expr:

@@ -36,6 +36,9 @@ PHASED: Final = "mxcompile.phased"
 WARP: Final = 32
 """Threads that run in step."""
 
+LANES: Final = (16, 8, 4, 2, 1)
+"""What tells the threads of a warp apart, for ``Block.across``."""
+
 _MMA: Final = """
 __device__ __forceinline__ void mxcompile_mma(int* c, const int* a, const int* b) {
   asm volatile(
@@ -157,7 +160,7 @@ class Block:
                 for index in range(values.count):
                     store(parts, values.get(t, index), index, t // WARP)
 
-        self.across(values, (16, 8, 4, 2, 1), combine)
+        self.across(values, LANES, combine)
         self.phase(lambda t: None)  # what is kept may lie where threads still read, see ``shared``
         self.phase(keep)
         return fold

@@ -88,6 +88,9 @@ _WARPS: Final = 2048
 _GATHERERS: Final = 128
 """Threads of a block that gathers a row, a quad of columns each."""
 
+_Staging = tuple[Callable[[], None], Callable[[Expr], None]]
+"""What a product does to have records in shared memory: before it waits, and from a group on."""
+
 
 @dataclass(frozen=True, slots=True)
 class CudaMatmul:
@@ -142,7 +145,11 @@ class CudaMatmul:
             def body(block: Block) -> None:
                 at = block.index
                 row = Row(block, source.columns)
-                made = MAKERS[type(source)](source, row, inputs, total, at, None)
+
+                def keep(column: Expr, value: Expr) -> None:
+                    store(total, value, *at, column)
+
+                made = MAKERS[type(source)](source, row, inputs, at, keep)
                 codes, line = _lines(records, fmt.digits), at[0] * s + at[1]
 
                 def put(digit: int, group: Expr, word: int | Expr, value: Expr) -> None:
@@ -170,8 +177,13 @@ class CudaMatmul:
 
             def prepare(block: Block, staged: Any) -> _Staging:
                 row = Row(block, columns)
-                at, is_first = (int64(0), int64(0)), block.index[0] == 0
-                made = MAKERS[type(source)](source, row, inputs, total, at, is_first)
+                at = int64(0), int64(0)
+
+                def keep(column: Expr, value: Expr) -> None:
+                    with when(block.index[0] == 0):
+                        store(total, value, *at, column)
+
+                made = MAKERS[type(source)](source, row, inputs, at, keep)
 
                 def put(digit: int, group: Expr, word: int | Expr, value: Expr) -> None:
                     store(staged, value, digit * (-(-count // BLOCK) * BLOCK) + group, word)
@@ -193,8 +205,7 @@ class CudaMatmul:
 
         def emit() -> None:
             b, s, m, q = map(symbol, "bsmq")
-            opener, gated = param("G", (b, s, gate.gate.width)), param("U", (b, s, gate.up.width))
-            records = param("Q", (m, q), "int8")
+            (opener, gated), records = declare(gate, b, s), param("Q", (m, q), "int8")
 
             def product(row: Expr, column: Expr) -> Expr:
                 at = row // s, row % s
@@ -331,7 +342,7 @@ class CudaMatmul:
         count: Expr,
         digits: int,
         kept: int,
-        prepare: Callable[[Block, Any], "_Staging"],
+        prepare: Callable[[Block, Any], _Staging],
     ) -> None:
         """Multiply a row of ``count`` groups.
 
@@ -410,11 +421,8 @@ class CudaMatmul:
             block.phase(prefetch, barrier=False)
             early()
             block.wait()
-            rest = count % BLOCK
-            missing = T.Select(rest == 0, T.int64(0), BLOCK - rest)
             with T.serial(T.int64(0), (blocks + kept - 1) // kept) as turn:
-                # Blocks are counted from the first that has groups.
-                first = hold(T.max(turn * (kept * BLOCK) - missing, T.int64(0)))
+                first = hold(_first_group(turn * kept, count))
                 stage(first)
                 here = T.cast(T.min(blocks - turn * kept, int64(kept)), "int32")
                 with T.serial(T.int32(0), here + (T.int32(1) << shift) - 1 >> shift) as step:
@@ -496,7 +504,6 @@ class CudaMatmul:
             codes, sides = block.private(ahead * 4, "int32"), block.private(ahead * 2, "int32")
             right, dot = block.private(2, "int32"), block.private(4, "int32")
             sums = block.private(4 * batches)
-            rest = count % BLOCK
             blocks = (count + BLOCK - 1) // BLOCK
 
             def tile_of(t: Expr) -> Expr:
@@ -505,21 +512,13 @@ class CudaMatmul:
             def at_block(step: Expr, split: Expr) -> Expr:
                 return step * splits + split
 
-            def first_group(index: Expr) -> Expr:
-                """Blocks are counted from the first that has groups."""
-                return T.Select(
-                    index == 0,
-                    T.int64(0),
-                    index * BLOCK - T.Select(rest == 0, T.int64(0), BLOCK - rest),
-                )
-
             def stage(step: Expr) -> Callable[[Expr], None]:
                 def copy(t: Expr) -> None:
                     def word(i: Expr) -> None:
                         column = hold(i % (BLOCK * WORDS))
                         place = hold(i // (BLOCK * WORDS))
                         index = at_block(step, place // width)
-                        group = hold(first_group(index) + column // WORDS)
+                        group = hold(_first_group(index, count) + column // WORDS)
                         line = hold(T.min(first_line + place % width, lines - 1))
                         inside = T.And(index < blocks, group < count)
                         value = T.if_then_else(inside, q[line, group, column % WORDS], 0)
@@ -669,7 +668,7 @@ class _Kept:
                         for i, word in enumerate(self._weight.entries(index)):
                             self._entries.set(t, word, i)
 
-    def formats(self, t: Expr, index: Expr, count: Expr) -> "Iterator[Tile]":
+    def formats(self, t: Expr, index: Expr, count: Expr) -> Iterator[Tile]:
         """The tile once for every layout, each time inside its branch."""
 
         def entries() -> tuple[Expr, ...]:
@@ -759,8 +758,11 @@ def _gather_quad(tile: Tile, y: Any, i: Expr, row: Expr, quad: Expr) -> None:
             store(y, value * scale * row_scale, i, quad * 4 + byte)
 
 
-_Staging = tuple[Callable[[], None], Callable[[Expr], None]]
-"""What a product does to have records in shared memory: before it waits, and from a group on."""
+def _first_group(index: Expr, count: Expr) -> Expr:
+    """The first group of a block; blocks are counted from the first that has groups."""
+    rest = count % BLOCK
+    missing = T.Select(rest == 0, T.int64(0), BLOCK - rest)
+    return T.max(index * BLOCK - missing, T.int64(0))
 
 
 def _lines(records: Any, digits: int) -> Any:

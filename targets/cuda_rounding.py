@@ -7,7 +7,6 @@ columns in turn; a group of 32 columns is 8 neighbouring threads, which share it
 import math
 import operator
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -35,6 +34,9 @@ _GROUP_LANES: Final = (1, 2, 4)
 
 Put = Callable[[int, Expr, int | Expr, Expr], None]
 """Writes a word of a record: digit, group, which word, value."""
+
+Keep = Callable[[Expr, Expr], None]
+"""Writes a column of a residual's sum."""
 
 
 def columns_of(source: Source) -> int:
@@ -136,9 +138,7 @@ class Maker:
     late: Callable[[], Private]
 
 
-def _as_it_is(
-    _: Rows, row: Row, inputs: list[Any], declare_total: Any, at: tuple[Expr, ...], keeps: Expr
-) -> Maker:
+def _as_it_is(_: Rows, row: Row, inputs: list[Any], at: tuple[Expr, ...], _keep: Keep) -> Maker:
     (x,) = inputs
     values = row.room()
 
@@ -150,7 +150,7 @@ def _as_it_is(
 
 
 def _normalized(
-    norm: Norm, row: Row, inputs: list[Any], declare_total: Any, at: tuple[Expr, ...], keeps: Expr
+    norm: Norm, row: Row, inputs: list[Any], at: tuple[Expr, ...], _keep: Keep
 ) -> Maker:
     x, weight = inputs
     values, gains = row.room(), row.room()
@@ -164,7 +164,7 @@ def _normalized(
 
 
 def _added(
-    residual: Residual, row: Row, inputs: list[Any], total: Any, at: tuple[Expr, ...], keeps: Expr
+    residual: Residual, row: Row, inputs: list[Any], at: tuple[Expr, ...], keep: Keep
 ) -> Maker:
     rest, added, weight, *inner = inputs
     values, terms, gains = row.room(), row.room(), row.room()
@@ -185,21 +185,18 @@ def _added(
             for i in range(values.count):
                 values.add(t, terms.get(t, i), i)
 
-        def keep(t: Expr) -> None:
-            with nullcontext() if keeps is None else when(keeps):
-                row.each(t, lambda column, i: store(total, values.get(t, i), *at, column))
+        def keep_all(t: Expr) -> None:
+            row.each(t, lambda column, i: keep(column, values.get(t, i)))
 
         row.block.phase(add, barrier=False)
-        row.block.phase(keep, barrier=False)
+        row.block.phase(keep_all, barrier=False)
         row.normalize(values, gains, residual.eps)
         return values
 
     return Maker(early, late)
 
 
-def _gated(
-    gate: Gate, row: Row, inputs: list[Any], declare_total: Any, at: tuple[Expr, ...], keeps: Expr
-) -> Maker:
+def _gated(gate: Gate, row: Row, inputs: list[Any], at: tuple[Expr, ...], _keep: Keep) -> Maker:
     opener, gated = inputs
     values, factors = row.room(), row.room()
 
